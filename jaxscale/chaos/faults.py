@@ -1,0 +1,146 @@
+"""The kinds of faults that chaos knows: how each is done to a running cluster, and what the supervisor must make of it.
+
+Faults come from outside, as real ones do: signals, bytes in shared memory, processes of a host that are gone at once.
+Nothing in the program is prepared for them, so there is nothing to leave out in production. To add a kind: a function
+that hurts the cluster and says whom, and a row in KINDS. Read next: `schedule.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxscale.testing.cluster import RunningCluster
+
+Hurt = Callable[[RunningCluster, random.Random], str]
+"""Does it, to whom the random numbers say; returns who was hurt, for people."""
+
+
+@dataclass(frozen=True)
+class FaultKind:
+    """One way in which things go wrong."""
+
+    hurt: Hurt
+    epochs: bool
+    """Whether a new epoch must follow. Without one training goes on as if nothing had happened."""
+    classes: tuple[str, ...] = ()
+    """`class` of the `fault` events that may follow; empty: none must."""
+    about: str = ""
+    leaves: bool = False
+    """Whether it is no fault but a notice: a host is told to end, the world must go on without it and lose no step."""
+
+
+class NotYet(Exception):
+    """The process to be hurt is not there at this moment, or would not know what the signal means; it will soon."""
+
+
+def _signal_worker(number: signal.Signals) -> Hurt:
+    def hurt(cluster: RunningCluster, draw: random.Random) -> str:
+        host, pid = cluster.worker(draw.randrange(cluster.members()))
+        os.kill(pid, number)
+        return f"{number.name} to the worker of {host}"
+
+    return hurt
+
+
+def _kill_agent(cluster: RunningCluster, draw: random.Random) -> str:
+    host, _ = cluster.worker(draw.randrange(cluster.members()))
+    os.kill(cluster.agent(host), signal.SIGKILL)
+    return f"SIGKILL to the agent of {host}"
+
+
+def _kill_zygote(cluster: RunningCluster, draw: random.Random) -> str:
+    host, _ = cluster.worker(draw.randrange(cluster.members()))
+    os.kill(cluster.zygote(host), signal.SIGKILL)
+    return f"SIGKILL to the zygote of {host}"
+
+
+def _kill_service(cluster: RunningCluster, _: random.Random) -> str:
+    host, pid = cluster.service()
+    os.kill(pid, signal.SIGKILL)
+    return f"SIGKILL to the coordination service on {host}"
+
+
+def _kill_coordinator(cluster: RunningCluster, _: random.Random) -> str:
+    os.kill(cluster.coordinator(), signal.SIGKILL)
+    return "SIGKILL to the coordinator"
+
+
+def _lose_host(cluster: RunningCluster, draw: random.Random) -> str:
+    host, _ = cluster.worker(draw.randrange(cluster.members()))
+    cluster.kill_host(host)
+    return f"{host} gone with its memory"
+
+
+def _kill_two(cluster: RunningCluster, draw: random.Random) -> str:
+    ranks = draw.sample(range(cluster.members()), min(2, cluster.members()))
+    victims = [cluster.worker(rank) for rank in ranks]
+    for _, pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    return f"SIGKILL to the workers of {' and '.join(host for host, _ in victims)}"
+
+
+def _flip_bit(cluster: RunningCluster, draw: random.Random) -> str:
+    """A bit of a sealed slot flips; then a worker dies, so that the slot is wanted."""
+    host, pid = cluster.worker(draw.randrange(cluster.members()))
+    os.kill(pid, signal.SIGSTOP)  # or the slot would be written anew
+    for slot in sorted((cluster.memory(host) / "own").glob("gen-*")):
+        flip(slot, draw)
+    os.kill(pid, signal.SIGKILL)
+    return f"a flipped bit in each memory slot of {host}, and SIGKILL to its worker"
+
+
+def flip(slot: Path, draw: random.Random) -> None:
+    """Flips one bit of a slot's data, somewhere behind the header."""
+    with open(slot, "r+b") as file:
+        at = draw.randrange(4096, min(slot.stat().st_size, 200_000))
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1 << draw.randrange(8)]))
+
+
+def _preempt(cluster: RunningCluster, draw: random.Random) -> str:
+    """SIGTERM to one process of a host, which means the whole host whatever process it is."""
+    host, worker = cluster.worker(draw.randrange(cluster.members()))
+    who = draw.choice(("agent", "zygote", "worker"))
+    pid = {"agent": cluster.agent, "zygote": cluster.zygote}.get(who, lambda _: worker)(host)
+    if not listens(pid, signal.SIGTERM):
+        raise NotYet(f"the {who} of {host} (pid {pid}) has just begun: SIGTERM would kill it and tell nobody")
+    os.kill(pid, signal.SIGTERM)
+    return f"SIGTERM to the {who} of {host}"
+
+
+def listens(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for this signal; without one SIGTERM ends it at once."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+RECOVERABLE = ("recoverable",)
+
+KINDS: Mapping[str, FaultKind] = types.MappingProxyType(
+    {
+        "kill": FaultKind(_signal_worker(signal.SIGKILL), True, RECOVERABLE, "a worker is killed"),
+        "crash": FaultKind(_signal_worker(signal.SIGSEGV), True, RECOVERABLE, "a worker crashes"),
+        "hang": FaultKind(_signal_worker(signal.SIGSTOP), True, RECOVERABLE, "a worker stops, and lives"),
+        "two": FaultKind(_kill_two, True, RECOVERABLE, "two workers are killed in the same moment"),
+        # Where the damaged slot was the only one of its step, a second attempt takes an older step.
+        "flip": FaultKind(_flip_bit, True, ("recoverable", "transient"), "bits flip in memory, and the worker dies"),
+        "service": FaultKind(_kill_service, True, RECOVERABLE, "JAX's coordination service dies"),
+        "host": FaultKind(_lose_host, True, ("recoverable", "transient"), "a host is gone with its memory"),
+        "zygote": FaultKind(_kill_zygote, False, (), "a zygote dies"),
+        "agent": FaultKind(_kill_agent, False, (), "an agent dies, its worker lives"),
+        "coordinator": FaultKind(_kill_coordinator, False, (), "the coordinator dies"),
+        "preempt": FaultKind(_preempt, True, (), "a host is told to end, ends, and comes back", leaves=True),
+    }
+)

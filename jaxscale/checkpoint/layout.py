@@ -1,0 +1,225 @@
+"""What a checkpoint is on disk: which steps exist, which files each must have, which are old enough to delete.
+
+`checkpoints/<step>/` holds Orbax's own files (`state/` ..., `commit_success.txt` last) and beside them `record.json`,
+`config.json`, `environment.json` and, written after everything else, `manifest.json` with the size of every file and
+the shape and dtype of every array. A step without commit file and manifest does not exist. `checkpoints/<step>.saving`
+is there from before the first byte until the manifest: it tells a save that a kill cut short from one that lost its
+manifest later. Read next: `durable.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxscale.track import lines
+from jaxscale.train.protocols import Record
+
+COMMIT_FILE = "commit_success.txt"
+MANIFEST = "manifest.json"
+SAVING = ".saving"
+PARTIAL = ".partial"
+STATE_ITEM = "state"
+FORMAT = 1
+
+Arrays = dict[str, tuple[tuple[int, ...], str]]
+"""Path of an array -> (shape, dtype name)."""
+
+
+class DamagedCheckpoint(RuntimeError):
+    """A checkpoint that cannot be trusted: something of it is missing, cut short or unreadable."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What must be there for a step to be complete."""
+
+    step: int
+    files: Mapping[str, int]
+    """Path below the step's folder -> bytes."""
+    arrays: Arrays
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where a step lies."""
+    return folder / str(step)
+
+
+def numbered(folder: Path) -> list[int]:
+    """Every step that has a folder, finished or not, in growing order."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit() and str(int(name)) == name)
+
+
+def list_steps(folder: Path) -> list[int]:
+    """Steps that were committed completely, in growing order. Reads no array; `check_files` looks closer."""
+    return [step for step in numbered(folder) if is_sealed(step_folder(folder, step))]
+
+
+def newest_step(folder: Path) -> int | None:
+    """The newest committed step, or None where there is none."""
+    steps = list_steps(folder)
+    return steps[-1] if steps else None
+
+
+def committed(folder: Path) -> list[int]:
+    """Steps whose save was finished once, in growing order; one that has lost its manifest since is among them."""
+    return [step for step in numbered(folder) if is_finished(step_folder(folder, step))]
+
+
+def is_finished(path: Path) -> bool:
+    """Whether a save came to its end here: the commit file is there, and no kill came before the manifest."""
+    return (path / COMMIT_FILE).is_file() and (is_sealed(path) or not _mark(path).exists())
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether both the commit file and the manifest are there."""
+    return (path / COMMIT_FILE).is_file() and (path / MANIFEST).is_file()
+
+
+def expired(
+    present: Sequence[int], sealed: Sequence[int], newest: int, keep: int, refused: Collection[int] = ()
+) -> list[int]:
+    """Steps to delete once `newest` is sealed: what is older than the `keep` newest sealed steps up to it. Pure.
+
+    `refused`: steps that restore could not read. They do not count, or they would push out those that can be read, and
+    the older ones of them go too: `newest` is what they were kept for. A step beyond `newest` is of an earlier start
+    that restore refused as well; it stays until training comes by.
+    """
+    kept = sorted(step for step in sealed if step <= newest and step not in refused)[-keep:]
+    return [step for step in sorted(present) if kept and (step < kept[0] or (step < newest and step in refused))]
+
+
+def begin(path: Path) -> None:
+    """Marks a step as being saved, until `seal`. Raises OSError."""
+    _mark(path).touch()
+
+
+def seal(path: Path, record: Record, arrays: Arrays) -> int:
+    """Writes record, config, environment and last the manifest into a step that Orbax has committed. Returns its bytes.
+
+    Raises OSError where the disk does not take it; the step then does not exist.
+    """
+    fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    write_json(path / "config.json", fields.pop("config"))
+    write_json(path / "environment.json", fields.pop("environment"))
+    write_json(path / "record.json", fields | {name: lines.mark(fields[name]) for name in ("metrics_line", "best")})
+    files = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
+    table = {name: {"shape": list(shape), "dtype": dtype} for name, (shape, dtype) in arrays.items()}
+    write_json(path / MANIFEST, {"format": FORMAT, "step": record.step, "files": files, "arrays": table})
+    _mark(path).unlink(missing_ok=True)
+    return sum(files.values())
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Raises DamagedCheckpoint where it is missing, unreadable, of another format or of another step."""
+    raw = _read_json(path / MANIFEST)
+    try:
+        if raw["format"] != FORMAT:
+            raise DamagedCheckpoint(
+                f"{path} has checkpoint format {raw['format']}; this version reads format {FORMAT}; "
+                "use the version of jaxscale that wrote it"
+            )
+        arrays = {str(name): (tuple(map(int, a["shape"])), str(a["dtype"])) for name, a in raw["arrays"].items()}
+        manifest = Manifest(int(raw["step"]), {str(name): int(size) for name, size in raw["files"].items()}, arrays)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{path / MANIFEST} does not hold what a manifest holds ({error!r})") from error
+    if str(manifest.step) != path.name:
+        raise DamagedCheckpoint(f"{path} says in its manifest that it is step {manifest.step}; it was moved or copied")
+    return manifest
+
+
+def read_record(path: Path) -> Record:
+    """The record of a step. Raises DamagedCheckpoint where it cannot be read."""
+    fields = _read_json(path / "record.json")
+    config, environment = _read_json(path / "config.json"), _read_json(path / "environment.json")
+    try:
+        fields |= {name: lines.unmark(fields[name]) for name in ("metrics_line", "best")}
+        record = Record(**fields, config=config, environment=environment)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{path / 'record.json'} does not hold what a record holds ({error})") from error
+    if str(record.step) != path.name or not isinstance(record.row, int):
+        raise DamagedCheckpoint(f"{path / 'record.json'} is the record of step {record.step}, row {record.row}")
+    return record
+
+
+def check_files(path: Path) -> Manifest:
+    """Checks that a step is sealed and that every file has the size it was written with. Returns its manifest.
+
+    Raises DamagedCheckpoint and names the file.
+    """
+    if not (path / COMMIT_FILE).is_file():
+        raise DamagedCheckpoint(f"{path} has no {COMMIT_FILE}: its save was never finished")
+    manifest = read_manifest(path)
+    for name, size in manifest.files.items():
+        try:
+            found = (path / name).stat().st_size
+        except OSError as error:
+            raise DamagedCheckpoint(f"{path / name} is missing ({error.strerror})") from error
+        if found != size:
+            raise DamagedCheckpoint(f"{path / name} has {found} bytes; it was written with {size}")
+    return manifest
+
+
+def delete_step(path: Path) -> None:
+    """Deletes a step so that a kill in between leaves nothing that looks like one."""
+    for name in (COMMIT_FILE, MANIFEST):
+        (path / name).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+    _mark(path).unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> list[str]:
+    """Deletes what saves left that a crash cut short. Returns the names of their folders.
+
+    A finished step that has lost its manifest stays: it holds a whole state, and the next save of its step replaces it.
+    """
+    left = [p for p in (step_folder(folder, step) for step in numbered(folder)) if not is_finished(p)]
+    for path in left:
+        delete_step(path)
+    for mark in folder.glob("*" + SAVING):
+        mark.unlink(missing_ok=True)
+    return [path.name for path in left]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file so that it is there wholly or not at all, also after a power loss. Raises OSError.
+
+    Only a kill leaves something beside it, `<name>.partial`, which the next one to write the file writes over.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, default=dict, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def _mark(path: Path) -> Path:
+    return path.with_name(path.name + SAVING)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{path} cannot be read ({error})") from error
+    if not isinstance(value, dict):
+        raise DamagedCheckpoint(f"{path} holds a {type(value).__name__} where an object belongs")
+    return value

@@ -1,0 +1,179 @@
+"""Loading a state onto whatever mesh there is now, from the newest checkpoint that can be trusted.
+
+Before any array is read, the saved tree is compared with the wanted one; a damaged step is reported and the next older
+one tried; checkpoints that are there but cannot be read are an error, never a fresh start. Read next: `train/loop.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxscale import config as config_library
+from jaxscale import environment as environment_library
+from jaxscale import tree
+from jaxscale.checkpoint import agree, layout
+from jaxscale.checkpoint.durable import describe, load_orbax
+from jaxscale.checkpoint.layout import DamagedCheckpoint, list_steps, newest_step
+from jaxscale.config import ConfigError
+from jaxscale.train.protocols import Record
+
+__all__ = ["list_steps", "newest_step", "restore", "restore_newest", "restore_params", "resume_report"]
+
+logger = logging.getLogger(__name__)
+
+Rejected = Callable[[int, str], None]
+"""Told of each step that was refused, with the reason."""
+
+
+class StateMismatch(ConfigError):
+    """The checkpoint holds a state of other arrays than this run wants."""
+
+
+def restore(folder: Path, step: int, abstract_state: Mapping[str, Any]) -> tuple[dict[str, Any], Record]:
+    """Loads one step.
+
+    `abstract_state`: nested dict of `jax.ShapeDtypeStruct` with shardings, on any mesh and any number of devices; all
+    processes of the world call this. Returns the state as `jax.Array`s of exactly these shapes, dtypes and shardings.
+    Raises StateMismatch (lists what differs) and DamagedCheckpoint, on all processes alike.
+    """
+    path = layout.step_folder(folder.absolute(), step)
+    _raise_together(lambda: _compare(path, layout.check_files(path).arrays, describe(abstract_state), whole=True))
+    record = _raise_together(lambda: layout.read_record(path))
+    return _load(path, abstract_state, partial=False), record
+
+
+def restore_newest(
+    folder: Path, abstract_state: Mapping[str, Any], rejected: Rejected | None = None
+) -> tuple[dict[str, Any], Record] | None:
+    """Loads the newest step that can be trusted; None only where no save was ever finished.
+
+    A damaged step is reported (a warning, and `rejected(step, reason)`) and the next older one is tried. Raises
+    DamagedCheckpoint when there are steps and none can be read, StateMismatch when the newest readable one does not
+    fit.
+    """
+    steps = agree.from_first(layout.committed(folder) if jax.process_index() == 0 else None)
+    reasons: list[str] = []
+    for step in reversed(steps):
+        try:
+            return restore(folder, step, abstract_state)
+        except DamagedCheckpoint as error:
+            logger.warning("CHECKPOINT OF STEP %d IS DAMAGED and will not be used: %s", step, error)
+            reasons.append(f"step {step}: {error}")
+            if rejected is not None:
+                rejected(step, str(error))
+    if reasons:
+        raise DamagedCheckpoint(
+            f"{folder} has {len(reasons)} checkpoint(s) and none can be read:\n  " + "\n  ".join(reasons) + "\n"
+            "training does not start afresh over them; put the files back, or move the folder away to start from step 0"
+        )
+    return None
+
+
+def restore_params(
+    folder: Path, step: int, abstract_params: Mapping[str, Any], *, average: bool = False
+) -> dict[str, Any]:
+    """Loads only the weights of a step, for generation or to start another run from them.
+
+    `abstract_params`: nested dict of `jax.ShapeDtypeStruct` with shardings. `average` takes the exponential moving
+    average where the checkpoint has one. Raises StateMismatch and DamagedCheckpoint as `restore` does.
+    """
+    path = layout.step_folder(folder.absolute(), step)
+    manifest = _raise_together(lambda: layout.check_files(path))
+    branch = "ema" if average and any(name.startswith("ema/") for name in manifest.arrays) else "params"
+    wanted = {branch: abstract_params}
+    _raise_together(lambda: _compare(path, manifest.arrays, describe(wanted), whole=False))
+    return _load(path, wanted, partial=True)[branch]
+
+
+def differences(saved: layout.Arrays, wanted: layout.Arrays) -> list[str]:
+    """One line per array that the two trees do not share, by path, with both shapes and dtypes. Pure."""
+
+    def text(array: tuple[tuple[int, ...], str] | None) -> str:
+        return "absent" if array is None else f"{array[1]}[{','.join(map(str, array[0]))}]"
+
+    return [
+        f"{path}: checkpoint {text(saved.get(path))}, this run {text(wanted.get(path))}"
+        for path in sorted(saved.keys() | wanted.keys())
+        if saved.get(path) != wanted.get(path)
+    ]
+
+
+def resume_report(
+    record: Record, config: config_library.Config, environment: Mapping[str, Any], identity: Mapping[str, Any]
+) -> list[str]:
+    """What is not as it was when the checkpoint was written, one line each, for people. Pure.
+
+    Fields that only say where a run goes are left out. Raises ConfigError if the checkpoint is of another recipe; other
+    data is refused by the data room, which knows what may change.
+    """
+    if record.config.get("name") != config.name:
+        raise ConfigError(
+            f"the checkpoint of step {record.step} is of recipe {record.config.get('name')!r}, "
+            f"this run is {config.name!r}; give another --run.dir"
+        )
+    settings = config_library.diff(dict(record.config), config_library.to_dict(config))
+    return [
+        *(f"config: {line}" for line in settings if not _is_placement(line)),
+        *(f"environment: {line}" for line in environment_library.diff(record.environment, environment)),
+        *(f"data: {line}" for line in config_library.diff(dict(record.data), dict(identity))),
+    ]
+
+
+def _is_placement(line: str) -> bool:
+    field = line.split(":", 1)[0]
+    return any(field == place or field.startswith(place + ".") for place in config_library.PLACEMENT)
+
+
+def _compare(path: Path, saved: layout.Arrays, wanted: layout.Arrays, *, whole: bool) -> None:
+    if not whole:
+        saved = {name: array for name, array in saved.items() if name in wanted}
+    lines = differences(saved, wanted)
+    if lines:
+        remedy = "use the model and optimizer settings of the checkpoint, or another --run.dir"
+        if not whole:
+            remedy = "use the model settings of the run that saved it, or weights that fit (--init-from)"
+        shown = "\n  ".join(lines[:20]) + (f"\n  ... and {len(lines) - 20} more" if len(lines) > 20 else "")
+        raise StateMismatch(f"{path} holds other arrays than this run:\n  {shown}\n{remedy}")
+
+
+def _load(path: Path, abstract: Mapping[str, Any], *, partial: bool) -> dict[str, Any]:
+    ocp = load_orbax()
+    wanted = tree.unflatten(tree.flatten(abstract))
+    context = ocp.Context()
+    context.pytree.loading.partial_load = partial
+    error: Exception | None = None
+    state: dict[str, Any] = {}
+    try:
+        with context:
+            state = ocp.load_checkpointables(path, {layout.STATE_ITEM: wanted})[layout.STATE_ITEM]
+        _compare(path, describe(state), describe(wanted), whole=True)
+    except Exception as caught:  # Orbax raises bare Exception for unreadable data
+        error = caught
+    if not agree.everywhere(error is None):
+        reason = str(error).strip().split("\n")[0] if error else "another process could not read its part"
+        raise DamagedCheckpoint(f"{path} cannot be read: {reason}") from error
+    return state
+
+
+def _raise_together[Value](check: Callable[[], Value]) -> Value:
+    """Runs a check on every process; where it fails on one it raises on all, before any waits for another."""
+    value: Value
+    error: DamagedCheckpoint | StateMismatch | None = None
+    try:
+        value = check()
+    except (DamagedCheckpoint, StateMismatch) as caught:
+        error = caught
+    if not agree.everywhere(not isinstance(error, DamagedCheckpoint)):
+        raise (
+            error
+            if isinstance(error, DamagedCheckpoint)
+            else DamagedCheckpoint("another process cannot read it; see its log")
+        )
+    if not agree.everywhere(error is None):
+        raise error or StateMismatch("another process found other arrays in the checkpoint; see its log")
+    return value

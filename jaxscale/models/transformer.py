@@ -1,0 +1,220 @@
+"""The Llama-family transformer as pure functions over one nested dict of parameters.
+
+Legend: B batch rows, S sequence, D width, V vocabulary, L layers.
+
+    embed/table (V, D)   layers/<block>/<name> (L, ...)   norm/scale (D,)   head/weight (D, V) unless tied
+
+The layers are stacked and scanned; every dim's logical axis is in the parameter table, so any mesh follows from the
+rules. Between blocks activations are `B@(data,fsdp,expert), S@(context,tensor), D`. Read next: `train/step.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxscale import axes, precision, remat, rng
+from jaxscale.config import PrecisionConfig, RematConfig, TrainConfig
+from jaxscale.layers.attention import Attend, RopeTables, attention_layer, attention_parameters
+from jaxscale.layers.embed import TABLE, embed
+from jaxscale.layers.mlp import mlp, mlp_parameters
+from jaxscale.layers.norm import rms_norm
+from jaxscale.layers.rope import rope_tables
+from jaxscale.models.transformer_config import TransformerConfig
+from jaxscale.ops.attention import attention
+from jaxscale.ops.cross_entropy import cross_entropy
+from jaxscale.task import Batch, Parameter, Params
+from jaxscale.tree import flatten, unflatten
+
+
+@dataclass(frozen=True)
+class TransformerTask:
+    """Next-token prediction; implements `task.Task`."""
+
+    model: TransformerConfig
+    precision_config: PrecisionConfig
+    remat_config: RematConfig
+    train: TrainConfig
+
+    @property
+    def precision(self) -> precision.Precision:
+        return precision.resolve(self.precision_config)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.model.vocabulary
+
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        model = self.model
+        layer = {
+            "attention_norm": {"scale": Parameter((model.width,), ("norm",), init="ones")},
+            "attention": attention_parameters(
+                model.width, model.heads, model.key_heads, model.dim_per_head, model.layers, model.qk_norm
+            ),
+            "mlp_norm": {"scale": Parameter((model.width,), ("norm",), init="ones")},
+            "mlp": mlp_parameters(model.width, model.mlp, model.layers),
+        }
+        table: dict[str, Any] = {
+            "embed": {"table": Parameter((model.vocabulary, model.width), TABLE, scale=model.width**-0.5)},
+            "layers": {
+                block: {name: _stack(parameter, model.layers) for name, parameter in parameters.items()}
+                for block, parameters in layer.items()
+            },
+            "norm": {"scale": Parameter((model.width,), ("norm",), init="ones")},
+        }
+        if not model.tied:
+            table["head"] = {
+                "weight": Parameter((model.width, model.vocabulary), ("embed", "vocab"), scale=model.width**-0.5)
+            }
+        return flatten(table)
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters in `precision.weights`, each from a key of its own path; equal bit for bit on every mesh."""
+        return unflatten({path: self._init(p, rng.named_key(key, path)) for path, p in self.parameters.items()})
+
+    def _init(self, parameter: Parameter, key: jax.Array) -> jax.Array:
+        spec = axes.spec(*parameter.axes)
+        if parameter.init == "normal":
+            values = jax.random.normal(key, parameter.shape, jnp.float32, out_sharding=spec) * parameter.scale
+        else:
+            values = jnp.full(parameter.shape, float(parameter.init == "ones"), jnp.float32, out_sharding=spec)
+        return values.astype(self.precision.weights)
+
+    def loss(self, params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Weighted sums over the tokens: the differentiated loss (cross-entropy and z-loss) and metrics.
+
+        batch: tokens, targets, segment_ids, positions int32 and loss_weight float32, all (B, S); row (B,).
+        """
+        x_BSD = self.hidden(params, batch, key if self.model.dropout else None)
+        total, sums = cross_entropy(
+            x_BSD,
+            self.head(params),
+            batch["targets"],
+            batch["loss_weight"],
+            z_loss=self.train.z_loss,
+            softcap=self.model.logit_softcap,
+            chunk=self.train.loss_chunk,
+            compute_dtype=self.precision.compute,
+            reduce_dtype=self.precision.reduce,
+            tied=self.model.tied,
+        )
+        return total, {name: sums[name] for name in ("loss", *(("z_loss",) if self.train.z_loss else ()))}
+
+    def head(self, params: Params) -> jax.Array:
+        """The head's weight (D, V), or the embedding table (V, D) when tied."""
+        return params["embed"]["table"] if self.model.tied else params["head"]["weight"]
+
+    def hidden(self, params: Params, batch: Batch, dropout_key: jax.Array | None) -> jax.Array:
+        """The residual stream after the last norm, (B, S, D) in the compute dtype. No key: no dropout."""
+        model = self.model
+        segment_ids_BS = jax.reshard(batch["segment_ids"], axes.spec("act_batch", "act_attended_sequence"))
+
+        def attend(window: int) -> Attend:
+            return partial(
+                attention,
+                segment_ids_BS=segment_ids_BS,
+                window=window,
+                softcap=model.attention_softcap,
+                implementation=model.attention,
+            )
+
+        def step(x_BSD: jax.Array, weights: Params, index: jax.Array, window: int) -> jax.Array:
+            layer = remat.apply(self.remat_config, partial(self.layer, attend=attend(window)))
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+            return layer(x_BSD, weights, tables, batch["row"], key)
+
+        tables = rope_tables(batch["positions"], model.dim_per_head, model.rope)
+        x_BSD = embed(self.precision, params["embed"]["table"], batch["tokens"])
+        x_BSD = self.scan_layers(params["layers"], step, x_BSD)
+        return rms_norm(x_BSD, params["norm"]["scale"], model.norm_epsilon)
+
+    def scan_layers[Carry](
+        self, stacked: Params, step: Callable[[Carry, Params, jax.Array, int], Carry], carry: Carry
+    ) -> Carry:
+        """Folds `step(carry, weights of one layer, index of the layer, its window)` over the layers.
+
+        stacked: `params["layers"]`. Training and generation walk the layers through this one function.
+        """
+        windows = self.model.window or (0,)
+        period = len(windows)  # layers with different windows are unrolled inside one scan step: windows stay static
+
+        def body(carry_and_group: tuple[Carry, jax.Array], weights: Params) -> tuple[tuple[Carry, jax.Array], None]:
+            carry, group = carry_and_group
+            for offset, window in enumerate(windows):
+                one = jax.tree.map(lambda w, offset=offset: w[offset], weights) if period > 1 else weights
+                carry = step(carry, one, group * period + offset, window)
+            return (carry, group + 1), None
+
+        if period > 1:
+            stacked = jax.tree.map(lambda w: _group(w, period), stacked)
+        (carry, _), _ = jax.lax.scan(body, (carry, jnp.int32(0)), stacked)
+        return carry
+
+    def layer(
+        self,
+        x_BSD: jax.Array,
+        weights: Mapping[str, Mapping[str, jax.Array]],
+        tables: RopeTables,
+        row_B: jax.Array,
+        dropout_key: jax.Array | None,
+        attend: Attend,
+    ) -> jax.Array:
+        """One block: x + attention(norm(x)), then x + mlp(norm(x)). row_B is read where there is a dropout key."""
+        model = self.model
+
+        def drop(update_BSD: jax.Array, branch: int) -> jax.Array:
+            if dropout_key is None:
+                return update_BSD
+            return rng.dropout(update_BSD, model.dropout, jax.random.fold_in(dropout_key, branch), row_B)
+
+        normed_BSD = rms_norm(x_BSD, weights["attention_norm"]["scale"], model.norm_epsilon)
+        mixed_BSD = attention_layer(
+            normed_BSD, weights["attention"], tables, attend, model.norm_epsilon, self.precision
+        )
+        x_BSD = x_BSD + drop(mixed_BSD, 0)
+        normed_BSD = rms_norm(x_BSD, weights["mlp_norm"]["scale"], model.norm_epsilon)
+        return x_BSD + drop(mlp(normed_BSD, weights["mlp"], self.precision), 1)
+
+    def flops_per_token(self, sequence: int) -> float:
+        """6 FLOPs per matmul weight and token, plus causal attention: 12 H K FLOPs per attended position and layer.
+
+        A matmul of N weights costs 2N forward and 4N backward per token; scores and mixing cost 2 * 2 H K forward per
+        attended position. A token attends to (S + 1) / 2 positions on average, fewer under a window. The embedding
+        lookup costs nothing, recomputation is not counted (Chowdhery et al. 2022, "PaLM", appendix B, made causal).
+        """
+        model = self.model
+        weights = sum(_size(p.shape) for path, p in self.parameters.items() if len(p.shape) > 1 and "norm" not in path)
+        lookup_only = 0 if model.tied else model.vocabulary * model.width
+        windows = model.window or (0,)
+        attended = sum(_mean_attended(sequence, window) for window in windows) / len(windows) * model.layers
+        return 6.0 * (weights - lookup_only) + 12.0 * model.heads * model.dim_per_head * attended
+
+
+def _stack(parameter: Parameter, layers: int) -> Parameter:
+    return replace(parameter, shape=(layers, *parameter.shape), axes=("layers", *parameter.axes))
+
+
+def _group(stacked: jax.Array, period: int) -> jax.Array:
+    spec = jax.typeof(stacked).sharding.spec
+    shape = (stacked.shape[0] // period, period, *stacked.shape[1:])
+    return jax.lax.reshape(stacked, shape, out_sharding=jax.P(spec[0], None, *spec[1:]))
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size
+
+
+def _mean_attended(sequence: int, window: int) -> float:
+    """Mean over the positions of a row of how many positions each attends to, itself included."""
+    if not window or window >= sequence:
+        return (sequence + 1) / 2
+    return (window * (window + 1) / 2 + (sequence - window) * window) / sequence

@@ -1,0 +1,105 @@
+"""Compiles the programs of the next smaller world from inside the running one, so that a shrink compiles nothing.
+
+A worker of rank r compiles what rank r of the smaller world will run, over the first devices of its own world: their
+ids, and the ranks of those who hold them, will be the same. It happens in a thread of low priority, once the run is
+under way. Read next: `programs.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from jaxscale import axes
+from jaxscale.config import Config, MeshConfig
+from jaxscale.data.batches import ROW_SPEC, TOKEN_SPEC
+from jaxscale.data.position import phase_at_step, phases
+from jaxscale.mesh import make_mesh
+from jaxscale.optim.build import make_optimizer
+from jaxscale.recipe import Hooks
+from jaxscale.supervisor.programs import StoredPrograms, program_identity
+from jaxscale.train.hooks import with_step_metrics
+from jaxscale.train.state import abstract_state
+from jaxscale.train.step import make_step
+
+WAIT_SECONDS = 5.0
+"""How long after the start: the running world's own programs come first."""
+NICENESS = 10
+
+logger = logging.getLogger(__name__)
+
+
+class CompileAhead:
+    """A thread that compiles for `smaller`, the world after the next loss."""
+
+    def __init__(self, config: Config, hooks: Hooks, rank: int, folder: Path, smaller: Mapping[str, Any]) -> None:
+        """`smaller`: `mesh` (axis sizes), `devices` (to emulate, 0 = real) and `processes` of that world."""
+        self._config = dataclasses.replace(config, mesh=MeshConfig(**smaller["mesh"]), devices=smaller["devices"])
+        self._hooks, self._rank, self._folder = hooks, rank, folder
+        self._processes = int(smaller["processes"])
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="compile-ahead", daemon=True)
+
+    def start(self, step: int, after_seconds: float = WAIT_SECONDS) -> None:
+        """`step`: updates done, which tells the phase whose batches count."""
+        self._step, self._after = step, after_seconds
+        self._thread.start()
+
+    def close(self) -> None:
+        """Nothing is begun any more; a compilation under way is left to end with the process."""
+        self._ending.set()
+
+    def _run(self) -> None:
+        if self._ending.wait(self._after):
+            return
+        with contextlib.suppress(OSError):  # Linux alone has priorities of threads
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        try:
+            self._compile()
+        except Exception:  # costs the shrink its compilation, no more
+            logger.exception("the programs of the next smaller world could not be compiled ahead")
+
+    def _compile(self) -> None:
+        config = self._config
+        devices = [device for device in jax.devices() if device.process_index < self._processes]
+        mesh = make_mesh(config, devices)
+        with jax.set_mesh(mesh):
+            identity = program_identity(config, self._rank, self._processes, devices)
+            programs = StoredPrograms(self._folder, identity, devices)
+            batch = abstract_batch(config, mesh, self._step)
+            name = step_name(batch)
+            if programs.path(name).exists():
+                return
+            task = with_step_metrics(config.model.task(config), self._hooks)
+            optimizer = make_optimizer(config.optim, task.parameters, config.steps)
+            state = abstract_state(config, task, optimizer)
+            number = jax.ShapeDtypeStruct((), "int32")
+            step: Any = make_step(config, task, optimizer)
+            programs.get(name, lambda: step.lower(state, batch, number))
+            logger.info("compiled ahead for a world of %d processes: %s", self._processes, name)
+
+
+def step_name(batch: Mapping[str, Any]) -> str:
+    """Name of the step's program for batches of this shape, as the loop asks for it."""
+    return f"train step {'x'.join(map(str, batch['tokens'].shape))}"
+
+
+def abstract_batch(config: Config, mesh: jax.sharding.Mesh, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of the batch of a step on a mesh, as the loader makes them."""
+    phase = phase_at_step(phases(config), step)
+    rows = axes.padded_batch(phase.batch, config.train.microbatches, axes.batch_shards(mesh.shape))
+    tokens, row = NamedSharding(mesh, TOKEN_SPEC), NamedSharding(mesh, ROW_SPEC)
+    shape = (rows, phase.sequence)
+    names = ("tokens", "targets", "segment_ids", "positions")
+    integers = {name: jax.ShapeDtypeStruct(shape, "int32", sharding=tokens) for name in names}
+    weight = jax.ShapeDtypeStruct(shape, "float32", sharding=tokens)
+    return {**integers, "loss_weight": weight, "row": jax.ShapeDtypeStruct((rows,), "uint32", sharding=row)}

@@ -1,0 +1,206 @@
+"""The processes that an agent owns: its zygote, and the workers and epoch hosts that the zygote forked for it.
+
+Forked processes become children of the agent (it is a subreaper), so it gets their exit codes; each is watched through
+a pidfd, which cannot mean another process after a pid was used again. Linux only. Read next: `agent.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxscale.supervisor.zygote import MESSAGE_BYTES, ForkError
+
+PR_SET_CHILD_SUBREAPER = 36
+PF_EXITING = 0x4
+FORK_SECONDS = 10.0
+IMPORT_SECONDS = 120.0
+
+
+class ZygoteFailed(RuntimeError):
+    """The zygote could not import the recipe, or died. The message has its own words."""
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a process ended: by itself with a code, or by a signal."""
+
+    code: int | None
+    signal: int | None
+
+    def __str__(self) -> str:
+        if self.signal is not None:
+            return f"ended by {signal.Signals(self.signal).name}"
+        return f"exit code {self.code}" if self.code is not None else "ended, nobody knows how"
+
+
+def become_subreaper() -> None:
+    """Makes orphans below this process its children. Raises OSError where the kernel does not know how."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "this kernel has no subreapers; the supervisor needs Linux 3.4 or newer")
+
+
+class Child:
+    """A forked process, watched through its pidfd."""
+
+    def __init__(self, pid: int, epoch: int, ended: Callable[[Child, Exit], None]) -> None:
+        """`ended` is called once, in the event loop. Raises ProcessLookupError if the process is gone already."""
+        self.pid, self.epoch = pid, epoch
+        self.exit: Exit | None = None
+        self.was_killed = False
+        """Whether `kill` found it alive."""
+        self._ended = ended
+        self._file = os.pidfd_open(pid)
+        self._over = asyncio.Event()
+        asyncio.get_running_loop().add_reader(self._file, self._reap)
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal to the process itself; nothing happens if it has ended."""
+        if self.exit is None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._file, number)
+
+    def kill(self) -> None:
+        """SIGKILL to the process and all that it started in its session."""
+        if self.exit is None:
+            # Readable: it is dead already, only not reaped. Whoever did that, it was not us.
+            is_dead = select.select([self._file], [], [], 0)[0] or is_dying(self.pid)
+            self.was_killed = self.was_killed or not is_dead
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+            self.send(signal.SIGKILL)
+
+    async def wait(self) -> Exit:
+        await self._over.wait()
+        assert self.exit is not None
+        return self.exit
+
+    def _reap(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._file)
+        try:
+            _, status = os.waitpid(self.pid, 0)
+            code = os.waitstatus_to_exitcode(status)
+            self.exit = Exit(code, None) if code >= 0 else Exit(None, -code)
+        except ChildProcessError:  # adopted from an agent that died: its exit code went to somebody else
+            self.exit = Exit(None, None)
+        os.close(self._file)
+        self._over.set()
+        self._ended(self, self.exit)
+
+
+def is_dying(pid: int) -> bool:
+    """Whether a process has been ended and only takes its time: its sockets close, which its peers notice, long before
+    a large process is gone.
+    """
+    try:
+        flags = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[6])
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (OSError, IndexError, ValueError):
+        return True
+    pending = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigPnd:", "ShdPnd:"))]
+    return bool(flags & PF_EXITING) or any(mask >> (signal.SIGKILL - 1) & 1 for mask in pending)
+
+
+class Zygote:
+    """Starts the zygote process and asks it for forks."""
+
+    def __init__(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+        """`arguments`: recipe and overrides, as for `jaxscale train`. `log`: where its output and its workers' goes."""
+        self._arguments, self._log, self._environment = list(arguments), log, dict(environment)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._lock = asyncio.Lock()
+        self.ready = False
+        self._served = False
+        """It was ready once, and `has_died` has not said that it ended."""
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    def has_died(self) -> bool:
+        """Whether it was ready once and has ended, or stopped answering, since. Says so once."""
+        if not self._served or self._process is None or (self.ready and self._process.poll() is None):
+            return False
+        self.close()
+        return True
+
+    async def start(self) -> None:
+        """Returns when it has imported everything. Raises ZygoteFailed with its words."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # One thread of OpenBLAS: a process with more cannot fork safely.
+        variables = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", **self._environment}
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with theirs, open(self._log, "ab") as log:
+            command = [sys.executable, "-m", "jaxscale.supervisor.zygote", str(theirs.fileno()), *self._arguments]
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=variables,
+                pass_fds=[theirs.fileno()],
+            )
+        ours.setblocking(False)
+        self._socket = ours
+        said = await self._receive(IMPORT_SECONDS)
+        if "ready" not in said:
+            raise ZygoteFailed(said.get("traceback") or said.get("error") or f"it ended; its words are in {self._log}")
+        self.ready = self._served = True
+
+    async def request(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Its answer. Raises ForkError where it refuses and ZygoteFailed where it is gone."""
+        async with self._lock:
+            if not self.ready or self._socket is None:
+                raise ZygoteFailed("the zygote is not ready")
+            loop = asyncio.get_running_loop()
+            try:
+                await loop.sock_sendall(self._socket, json.dumps(message).encode())
+            except OSError as error:
+                self.ready = False
+                raise ZygoteFailed(f"the zygote is gone ({error})") from error
+            said = await self._receive(FORK_SECONDS)
+        if "error" in said:
+            raise ForkError(said["error"])
+        return said
+
+    def close(self) -> None:
+        """Ends the zygote; what it forked lives on."""
+        self.ready = self._served = False
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            self._process.wait()
+
+    async def _receive(self, seconds: float) -> dict[str, Any]:
+        assert self._socket is not None
+        loop = asyncio.get_running_loop()
+        try:
+            data = await asyncio.wait_for(loop.sock_recv(self._socket, MESSAGE_BYTES), seconds)
+        except TimeoutError as error:
+            self.ready = False
+            raise ZygoteFailed(f"the zygote did not answer in {seconds:g} s") from error
+        except OSError as error:
+            self.ready = False
+            raise ZygoteFailed(f"the zygote is gone ({error})") from error
+        if not data:
+            self.ready = False
+            raise ZygoteFailed(f"the zygote ended; its words are in {self._log}")
+        message: dict[str, Any] = json.loads(data)
+        return message

@@ -1,0 +1,391 @@
+"""The coordinator process: gives the machine ears, hands and a clock. It decides through the machine, trains nothing.
+
+It holds no state that cannot be had again from the agents and the run directory, so it may die and come back, here or
+at another host, while the workers train on. What the machine decides is done once a majority of the voters has it
+(`ballot.py`); until it is elected it hears the agents and does nothing. Read next: `../commands/launch.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxscale.checkpoint import layout
+from jaxscale.checkpoint.cover import Damaged
+from jaxscale.config import Config
+from jaxscale.run_directory import RunDirectory
+from jaxscale.supervisor import rpc
+from jaxscale.supervisor.ballot import WITNESS, Ballot, host_of
+from jaxscale.supervisor.facts import Action, Finish, Host, Hosts, Judge, Note, Settings, Start, Tell
+from jaxscale.supervisor.inventory import best_choice
+from jaxscale.supervisor.job_token import Token
+from jaxscale.supervisor.machine import Machine
+from jaxscale.supervisor.quorum import Acceptor, AskAccept, QuorumError, Term
+from jaxscale.supervisor.rpc import VERSION, Message, NameTaken, Refused, Server, Tls
+from jaxscale.supervisor.states import DEPOSED
+from jaxscale.supervisor.takeover import find_epoch
+from jaxscale.supervisor.voter import Voter, ask_to_json, reply_from_json
+
+TICK_SECONDS = 0.05
+BEAT_SECONDS = 0.5
+"""Agents that hear nothing for some of these look for another coordinator."""
+ALARM_SECONDS = 3.0
+INVITED_SECONDS = 1.5
+AGAIN_SECONDS = 1.0
+"""After which voters and hosts that did not answer are asked again."""
+FAREWELL_SECONDS = 5.0
+"""How long agents get to end before the coordinator leaves."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CoordinatorOptions:
+    """What a coordinator is started with."""
+
+    job: str
+    token: Token
+    listen: str
+    """host:port; port 0 lets the kernel choose."""
+    recipe: str
+    """Absolute path; every host has it there."""
+    arguments: tuple[str, ...]
+    """Overrides, as on the command line."""
+    command: tuple[str, ...] = ()
+    """How an agent starts another coordinator of this run, without where it listens."""
+    invite: tuple[str, ...] = ()
+    """Addresses of agents that may not know of this coordinator."""
+    elected_within: float = float("inf")
+    """Seconds after which it gives up if no majority has promised."""
+    tls: Tls | None = None
+
+
+class Coordinator:
+    """Runs in one event loop, until the run is done, stopped or given up."""
+
+    def __init__(self, options: CoordinatorOptions, config: Config, judge: Judge, directory: RunDirectory) -> None:
+        self._options, self._config, self._directory = options, config, directory
+        memory = config.memory
+        settings = Settings(config.steps, memory.every, memory.generations, memory.replicas)
+        if options.invite:  # hosts have heard nobody for some time: who can come to this one does so at once
+            settings = dataclasses.replace(settings, adopt_seconds=INVITED_SECONDS)
+        self.machine = Machine(settings, judge, self._source, directory.epoch - 1, time.monotonic())
+        self._began = time.monotonic()
+        self._ballot: Ballot[Action] = Ballot(f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
+        for old in set(directory.path.glob("witness-*")) - set(directory.path.glob(f"witness-{options.job}.json*")):
+            old.unlink(missing_ok=True)  # of a job that is over: this one holds the directory's lock
+        self._witness = Voter(directory.path / f"witness-{options.job}.json", WITNESS)
+        self._ballot.meet(self._witness.acceptor)
+        self._backlog: list[tuple[Callable[[], None], list[Exception]]] | None = []
+        """What was heard before the election, and where errors of it go; None once it is won."""
+        self._asked: dict[tuple[str, Term, int], float] = {}
+        """When a voter was asked for a promise (-1) or a decision."""
+        self._invited = self._beaten = 0.0
+        self._unanswered_since, self._is_told, self._wants_end = self._began, False, False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sends: dict[str, asyncio.Queue[Mapping[str, Any]]] = {}
+        self._voters: dict[str, str] = {}
+        """Host -> name of its voter."""
+        self._finish: Finish | None = None
+        self._over = asyncio.Event()
+
+    async def run(self) -> Finish:
+        """Serves until the run is over. Raises OSError where it cannot listen."""
+        server = Server(self._options.token, self._session, self._ask, self._refused, self._options.tls)
+        address = self._address = await server.start(self._options.listen)
+        fields = {"pid": os.getpid(), "host": socket.gethostname(), "address": address}
+        self._directory.event("coordinator_started", source="coordinator", **fields)
+        ticking = asyncio.create_task(self._tick())
+        try:
+            over = asyncio.create_task(self._over.wait())
+            done, _ = await asyncio.wait([ticking, over], return_when=asyncio.FIRST_COMPLETED)
+            if ticking in done:
+                ticking.result()
+            assert self._finish is not None
+            if self._finish.code != DEPOSED:
+                await self._farewell()
+                for mine in self._directory.path.glob(f"witness-{self._options.job}.json*"):
+                    mine.unlink(missing_ok=True)
+        finally:
+            ticking.cancel()
+            await server.stop()
+        return self._finish
+
+    def drain(self, reason: str) -> None:
+        """Asks the run to stop; called from the event loop."""
+        self._wants_end = True
+        self._hear(lambda: self.machine.drain(reason, time.monotonic()), [])
+
+    async def _tick(self) -> None:
+        while True:
+            now = time.monotonic()
+            if self._backlog is None:
+                self.machine.tick(now)
+            elif now - self._began > self._options.elected_within:
+                self._depose(f"no majority in {self._options.elected_within:g} s")
+            self._perform()
+            if now - self._beaten >= BEAT_SECONDS:
+                self._beaten = now
+                for queue in self._sends.values():
+                    queue.put_nowait({"do": "beat", "leads": self._backlog is None and not self._is_told})
+            self._check_votes(now)
+            if now - self._invited >= AGAIN_SECONDS:
+                self._invited = now
+                self._invite()
+            await asyncio.sleep(TICK_SECONDS)
+
+    # Votes
+
+    def _hear(self, tell: Callable[[], None], errors: list[Exception]) -> None:
+        """Tells the machine, once this coordinator is elected; what it raises only then goes to `errors`."""
+        if self._backlog is not None:
+            self._backlog.append((tell, errors))
+        else:
+            tell()
+        self._perform()
+
+    def _vote(self) -> None:
+        """Asks the voters what is open, and begins when it is elected."""
+        now = time.monotonic()
+        for _ in range(4):  # the witness answers at once, and each of its answers may open the next question
+            asks = self._ballot.asks()
+            if (ask := asks.get(WITNESS)) is None:
+                break
+            reply = self._witness.answer(ask)
+            if reply is None or not self._ballot.heard(reply):
+                self._depose("the witness serves another one")
+                return
+        for voter, ask in self._ballot.asks().items():
+            host, what = host_of(voter), ask.decision.sequence if isinstance(ask, AskAccept) else -1
+            if self._voters.get(host) == voter and now - self._asked.get((voter, ask.term, what), 0.0) > AGAIN_SECONDS:
+                self._asked[voter, ask.term, what] = now
+                self._sends[host].put_nowait(ask_to_json(ask))
+        if self._backlog is not None and self._ballot.leading:
+            self._elected(now)
+
+    def _check_votes(self, now: float) -> None:
+        """Says so when no majority answers; gives up where the run is to be stopped anyway."""
+        if not self._ballot.asks():
+            self._unanswered_since, self._is_told = now, False
+            return
+        if self._ballot.is_succeeded(self._witness.look().vote):
+            self._depose("the witness has accepted a decision of another one")
+            return
+        waited, who = now - self._unanswered_since, ", ".join(self._ballot.missing)
+        if waited > ALARM_SECONDS and not self._is_told:
+            self._is_told = True
+            fields = {"what": "no majority", "detail": f"nothing can be decided without an answer of {who}"}
+            self._directory.event("alarm", source="coordinator", **fields)
+        if waited > FAREWELL_SECONDS and (self.machine.drain_reason or self._wants_end):
+            self._finish = Finish(1, f"stopped, but no majority of the hosts could be told: {who} do not answer")
+            self._over.set()
+
+    def _elected(self, now: float) -> None:
+        fields = {"term": list(self._ballot.term), "seconds": round(now - self._began, 3)}
+        self._directory.event("elected", source="coordinator", **fields)
+        if self._ballot.value:
+            self.machine.take_over(self._ballot.value, now)
+        backlog, self._backlog = self._backlog or [], None
+        for tell, errors in backlog:
+            try:
+                tell()
+            except Exception as error:  # what one agent says and makes no sense must harm no other
+                logger.warning("heard before the election, and makes no sense: %r", error)
+                errors.append(error)
+
+    def _depose(self, reason: str) -> None:
+        self._finish = Finish(DEPOSED, f"this coordinator ends: {reason}; the run goes on without it")
+        self._over.set()
+
+    def _invite(self) -> None:
+        """Tells agents that know of another coordinator, or of none, about this one."""
+        told = self._ballot.value.get("agents", {}) if self._ballot.leading else {}
+        known = {address for host, address in told.items() if host not in self._sends}
+        if self._backlog is not None:
+            known |= set(self._options.invite)
+        question = {"ask": "follow", "coordinator": self._address, "term": list(self._ballot.term)}
+        for address in known:
+            task = asyncio.ensure_future(self._invite_one(address, question | {"leads": self._ballot.leading}))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _invite_one(self, address: str, question: Message) -> None:
+        with contextlib.suppress(rpc.Unreachable, Refused):
+            await rpc.ask(address, self._options.token, question, AGAIN_SECONDS, self._options.tls)
+
+    async def _farewell(self) -> None:
+        deadline = time.monotonic() + FAREWELL_SECONDS
+        while self._sends and time.monotonic() < deadline:
+            await asyncio.sleep(TICK_SECONDS)
+
+    def _perform(self) -> None:
+        """Puts what the machine wants to the vote, and does what was voted for."""
+        had_led = self._backlog is None
+        if had_led:
+            self._propose()
+        self._vote()
+        if not had_led and self._backlog is None:  # just elected: what the backlog made of it
+            self._propose()
+            self._vote()
+        for action in self._ballot.release():
+            match action:
+                case Tell():
+                    if action.host in self._sends:
+                        self._sends[action.host].put_nowait(action.message)
+                case Note():
+                    self._directory.epoch = max(1, self.machine.number)
+                    self._directory.event(action.kind, source="coordinator", **action.fields)
+                case Finish():
+                    self._finish = action
+                    self._over.set()
+
+    def _propose(self) -> None:
+        actions, self.machine.actions = self.machine.actions, []
+        epoch = self.machine.epoch
+        self._ballot.hold(actions, self.machine.to_json(), epoch.world.members if epoch is not None else ())
+
+    # Agents
+
+    async def _session(self, incoming: AsyncIterator[Message], send: Callable[[Message], Awaitable[None]]) -> None:
+        hello = await anext(incoming, None)
+        if hello is None:
+            return
+        host, acceptor = self._admit(hello)
+        queue: asyncio.Queue[Mapping[str, Any]] = asyncio.Queue()
+        self._sends[host.name] = queue
+        self._voters[host.name] = acceptor.voter
+        self._asked.clear()  # what was asked over another connection may not have arrived
+        queue.put_nowait(
+            {
+                "do": "welcome",
+                "recipe": self._options.recipe,
+                "arguments": list(self._options.arguments),
+                "run": str(self._directory.path),
+                "replicas": self._config.memory.replicas,
+                "command": list(self._options.command),
+            }
+        )
+        writing = asyncio.create_task(self._write(queue, send))
+        errors: list[Exception] = []
+        try:
+            self._ballot.meet(acceptor)
+            self._hear(lambda: self.machine.hello(host, time.monotonic()), errors)
+            fields = {"pid": host.pid, "host": host.name, "slice": host.slice}
+            self._directory.event("agent_started", source="coordinator", **fields)
+            async for message in incoming:
+                if errors:
+                    raise errors[0]
+                if "answer" in message:
+                    self._answered(message)
+                else:
+                    self._hear(functools.partial(self._tell, host.name, message), errors)
+        finally:
+            writing.cancel()
+            if self._sends.get(host.name) is queue:
+                del self._sends[host.name], self._voters[host.name]
+                self._hear(lambda: self.machine.disconnected(host.name, time.monotonic()), errors)
+
+    def _tell(self, host: str, message: Message) -> None:
+        self.machine.message(host, message, time.monotonic())
+
+    def _answered(self, message: Message) -> None:
+        try:
+            is_well = self._ballot.heard(reply_from_json(message))
+        except QuorumError as error:
+            raise Refused(str(error)) from error
+        if is_well:
+            self._perform()
+        else:
+            self._depose(f"{message['voter']} serves another one")
+
+    async def _write(self, queue: asyncio.Queue[Mapping[str, Any]], send: Callable[[Message], Awaitable[None]]) -> None:
+        while True:
+            await send({"term": list(self._ballot.term), **await queue.get()})
+
+    def _admit(self, hello: Message) -> tuple[Host, Acceptor]:
+        """Raises Refused for an agent that cannot take part."""
+        try:
+            version, job = hello["version"], hello["job"]
+            host = Host(
+                name=str(hello["host"]),
+                slice=int(hello["slice"]),
+                devices=int(hello["devices"]),
+                peer=str(hello["peer"]),
+                control=str(hello["control"]),
+                pid=int(hello["pid"]),
+                is_ready=bool(hello["ready"]),
+                fenced=int(hello["fenced"]),
+                copies=list(hello["copies"]),
+                work=hello["work"],
+                committed=int(hello["committed"]),
+                is_leaving=bool(hello["leaving"]),
+            )
+            acceptor = Acceptor.from_json(hello["acceptor"])
+            if host.work is not None:
+                find_epoch([host])  # each tick may look for it: what is no epoch must not get so far
+        except (KeyError, TypeError, ValueError) as error:
+            raise Refused(f"a hello that lacks something: {error!r}") from error
+        if version != VERSION:
+            raise Refused(f"agent {host.name} speaks version {version}, this coordinator {VERSION}; use one jaxscale")
+        if job != self._options.job:
+            raise Refused(f"agent {host.name} is of job {job}, this is job {self._options.job}")
+        known = self.machine.hosts.get(host.name)
+        if host.name in self._sends and known is not None and known.pid != host.pid:
+            raise NameTaken(
+                f"there is an agent called {host.name} already (pid {known.pid}, this is {host.pid}); "
+                "give each host a name of its own"
+            )
+        return host, acceptor
+
+    async def _ask(self, message: Message) -> Message:
+        match message.get("ask"):
+            case "status":
+                return self._status()
+            case "drain":
+                self.drain(str(message.get("reason", "asked to")))
+                return {"ok": True}
+            case other:
+                raise ValueError(f"a coordinator can be asked for status and drain, not for {other!r}")
+
+    def _status(self) -> Message:
+        machine = self.machine
+        epoch = machine.epoch
+        return {
+            "state": machine.state.value,
+            "term": list(self._ballot.term),
+            "missing_votes": self._ballot.missing,
+            "epoch": machine.number,
+            "members": list(epoch.world.members) if epoch is not None else [],
+            "mesh": dict(epoch.world.mesh) if epoch is not None else {},
+            "committed": epoch.commits.committed if epoch is not None else -1,
+            "hosts": {
+                name: {"slice": host.slice, "connected": host.is_connected, "progress": dict(host.progress)}
+                for name, host in machine.hosts.items()
+            },
+        }
+
+    def _refused(self, peer: str, reason: str) -> None:
+        logger.warning("refused %s: %s", peer, reason)
+        with contextlib.suppress(OSError):
+            self._directory.event("alarm", source="coordinator", what="connection refused", detail=f"{peer}: {reason}")
+
+    # Where an epoch starts
+
+    def _source(self, hosts: Hosts, lineage: Sequence[tuple[int, int]], damaged: Collection[Damaged]) -> Start:
+        """The newest state that there is: in the hosts' memory, or in the durable tier."""
+        durable = layout.newest_step(self._directory.checkpoints) or 0
+        held = [(host.name, copy) for host in hosts.values() if host.is_connected for copy in host.copies]
+        choice = best_choice(held, lineage, damaged)
+        if choice is None or choice["step"] < durable:
+            return durable, None
+        return choice["step"], choice

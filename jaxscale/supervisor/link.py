@@ -1,0 +1,235 @@
+"""An agent's tie to whoever coordinates: keeps it, votes, obeys no old one, and starts another when all are silent.
+
+Training needs no coordinator, so nothing here disturbs a worker. Who is invited (`follow`) by a coordinator goes over
+to it if it was elected, under a higher term or while its own leads no more, or if its own is silent. After
+`takeover_after` seconds without a word this host starts a coordinator itself, hosts of a higher place in the list of
+voters a little later; the votes decide whether it leads (`ballot.py`). Read next: `agent.py`, `coordinator.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxscale.supervisor.job_token import Token
+from jaxscale.supervisor.quorum import Acceptor, AskPromise, term_from_json
+from jaxscale.supervisor.rpc import Message, NameTaken, Refused, Server, Session, Tls, Unreachable
+from jaxscale.supervisor.voter import Voter, ask_from_json, refusal, reply_to_json
+
+RECONNECT_SECONDS = 0.2
+NAME_SECONDS = 10.0
+"""How long another agent may have this one's name before that is an error."""
+SILENT_SECONDS = 1.5
+"""A coordinator that says nothing for so long cannot be reached: it has three words for everyone in that time."""
+STAGGER_SECONDS = 0.5
+"""The next voter of the list waits so much longer before it starts a coordinator too."""
+ELECTION_SECONDS = 20.0
+"""How long a coordinator that was started here may take to be elected."""
+LEAVE_SECONDS = 10.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LinkOptions:
+    """Where the coordinator was at first, and where this agent can be told of another one."""
+
+    coordinator: str
+    listen: str
+    token: Token
+    tls: Tls | None
+    takeover_after: float
+    """Seconds without a coordinator after which this host starts one; 0: never."""
+
+
+class Link:
+    """Connects to one coordinator after the other. `say` never waits."""
+
+    def __init__(
+        self,
+        options: LinkOptions,
+        voter: Voter,
+        hello: Callable[[], Message],
+        obey: Callable[[Message], Awaitable[None]],
+        refused: Callable[[str, str], None],
+    ) -> None:
+        """`hello`: what to say first; `obey`: called with each order, in turn; `refused`: address and reason of who was
+        turned away at this agent's own port.
+        """
+        self._options, self._voter, self._hello, self._obey = options, voter, hello, obey
+        self._addresses = [options.coordinator]
+        self._session: Session | None = None
+        self._heard = self._led = time.monotonic()
+        self._switch = asyncio.Event()
+        self._command: list[str] = []
+        self._coordinator: subprocess.Popen[bytes] | None = None
+        self._server = Server(options.token, self._no_session, self._asked, refused, options.tls)
+        self.control = ""
+        """Address of this agent's own server."""
+
+    @property
+    def acceptor(self) -> Acceptor:
+        """What this host has promised and accepted."""
+        return self._voter.acceptor
+
+    @property
+    def unled(self) -> float:
+        """Seconds since a word of a coordinator that has a majority behind it."""
+        return time.monotonic() - self._led
+
+    @property
+    def silence(self) -> float:
+        """Seconds since a coordinator was heard of."""
+        return time.monotonic() - self._heard
+
+    def say(self, message: Mapping[str, Any]) -> None:
+        """To the coordinator, if there is one; what it must know for sure is in the next hello."""
+        if self._session is not None:
+            self._session.send(message)
+
+    async def start(self) -> None:
+        """Listens. Raises OSError."""
+        self.control = await self._server.start(f"{self._options.listen}:0")
+
+    async def stay_connected(self) -> None:
+        """Runs until it is cancelled. Raises Refused and NameTaken where another attempt would not help."""
+        taken_since = 0.0
+        while True:
+            address = self._addresses[0]
+            self._switch.clear()
+            try:
+                async with Session(address, self._options.token, self._options.tls) as session:
+                    session.send(self._hello())
+                    while (message := await self._next(session)) is not None:
+                        if not await self._take(session, message):
+                            break
+                        taken_since = 0.0
+            except NameTaken:
+                # Perhaps by this very host's agent before it died, or by a connection that broke without a sound.
+                taken_since = taken_since or time.monotonic()
+                if time.monotonic() - taken_since > NAME_SECONDS:
+                    raise
+            except Unreachable as error:
+                logger.info("%s", error)
+            finally:
+                self._session = None
+            if not self._switch.is_set():  # else there is a better one
+                self._addresses.append(self._addresses.pop(0))
+                await asyncio.sleep(RECONNECT_SECONDS)
+
+    async def _next(self, session: Session) -> Message | None:
+        """The next message; None when there is another coordinator to go to. Raises Unreachable and Refused."""
+        receiving = asyncio.ensure_future(session.receive())
+        switching = asyncio.ensure_future(self._switch.wait())
+        try:
+            done, _ = await asyncio.wait(
+                [receiving, switching], timeout=SILENT_SECONDS, return_when=asyncio.FIRST_COMPLETED
+            )
+            if receiving in done:
+                return receiving.result()
+            if switching in done:
+                return None
+            raise Unreachable(f"the coordinator at {self._addresses[0]} said nothing for {SILENT_SECONDS:g} s")
+        finally:
+            for task in (receiving, switching):
+                task.cancel()
+            await asyncio.gather(receiving, switching, return_exceptions=True)
+
+    async def _take(self, session: Session, message: Message) -> bool:
+        """Votes, or obeys. Whether to go on with this coordinator: not with one that serves an old term."""
+        term = term_from_json(message["term"])
+        if term < self._voter.acceptor.promised:
+            session.send(reply_to_json(refusal(self._voter, term)))
+            await session.flush()
+            return False
+        if term > self._voter.acceptor.promised:
+            self._voter.answer(AskPromise(term))  # after a word of this one, none of an older one counts
+        self._heard = time.monotonic()
+        match message["do"]:
+            case "beat":
+                self._led = time.monotonic() if message["leads"] else self._led
+            case "promise" | "accept":
+                if (reply := self._voter.answer(ask_from_json(message))) is not None:
+                    session.send(reply_to_json(reply))
+            case "welcome":
+                self._session, self._command = session, list(message["command"])
+                await self._obey(message)
+            case _:
+                await self._obey(message)
+        return True
+
+    # Another coordinator
+
+    async def _no_session(self, _incoming: AsyncIterator[Message], _send: Callable[[Message], Awaitable[None]]) -> None:
+        raise Refused("this is an agent, not a coordinator")
+
+    async def _asked(self, message: Message) -> Message:
+        """A coordinator invites. Raises ValueError for a question that is none."""
+        if message.get("ask") != "follow":
+            raise ValueError(f"an agent can be asked to follow, not {message.get('ask')!r}")
+        try:
+            address, term, leads = str(message["coordinator"]), term_from_json(message["term"]), bool(message["leads"])
+        except KeyError as error:
+            raise ValueError(f"an invitation lacks {error}") from error
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal():
+            raise ValueError(f"an address is host:port, not {address!r}")
+        has_one = self._session is not None and (self.unled if leads else self.silence) < SILENT_SECONDS
+        is_newer = leads and term > self._voter.acceptor.promised
+        if (address == self._addresses[0] and self._session is not None) or (has_one and not is_newer):
+            return {"follows": self._addresses[0]}
+        self._addresses = [address, *(other for other in self._addresses if other != address)][:3]
+        self._switch.set()
+        return {"follows": address}
+
+    async def take_over(self) -> None:
+        """Starts a coordinator when all have been silent for too long. Runs until it is cancelled."""
+        patience = self._options.takeover_after
+        if not patience:
+            await asyncio.Event().wait()
+        tried = 0.0
+        while True:
+            await asyncio.sleep(RECONNECT_SECONDS)
+            vote, running = self._voter.acceptor.vote, self._coordinator
+            if running is not None and running.poll() is not None:
+                self._coordinator = running = None
+                tried = time.monotonic()
+            if running is not None or vote is None or not self._command:
+                continue
+            voters = vote.decision.voters
+            name = self._voter.acceptor.voter
+            place = voters.index(name) if name in voters else len(voters)
+            waited = min(self.silence, time.monotonic() - tried)
+            if waited > patience + place * STAGGER_SECONDS:
+                self._start_coordinator(dict(vote.decision.value).get("agents", {}))
+
+    def _start_coordinator(self, agents: Mapping[str, str]) -> None:
+        # The first address is where the run's own coordinator was; agents are invited to this one.
+        command = [sys.executable, "-m", "jaxscale", *self._command, "--listen", f"{self._options.listen}:0"]
+        command += ["--elected-within", str(ELECTION_SECONDS)]
+        for address in {self.control, *agents.values()}:
+            command += ["--invite", address]
+        logger.warning("no coordinator for %.1f s; this host starts one", self.silence)
+        self._coordinator = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+
+    async def close(self) -> None:
+        """Waits for a coordinator that was started here: it ends when all agents have."""
+        self._session = None
+        await self._server.stop()
+        running = self._coordinator
+        if running is None:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEAVE_SECONDS):
+                while running.poll() is None:
+                    await asyncio.sleep(RECONNECT_SECONDS)
+        if running.poll() is None:
+            running.kill()
+            running.wait()

@@ -1,0 +1,224 @@
+"""The coordinator's mind: what it knows of hosts and of the epoch, and what it does about each report. No I/O.
+
+Every method takes the time and returns nothing; what is to be done is collected in `actions`: messages to agents, lines
+of events.jsonl, the end. So a whole history of faults runs in a test without a process. Read next: `coordinator.py`,
+which performs the actions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxscale.supervisor import evidence as ev
+from jaxscale.supervisor.cadence import AUTO, choose
+from jaxscale.supervisor.facts import Epoch, Host, Note
+from jaxscale.supervisor.limits import Kind, suspects
+from jaxscale.supervisor.records import SECTIONS
+from jaxscale.supervisor.reports import evidence_of, rejection_of
+from jaxscale.supervisor.states import DEADLINES, State
+from jaxscale.supervisor.transitions import Transitions
+from jaxscale.supervisor.watch import learned, positions, progressed
+
+PAUSE_SECONDS = 0.5
+"""A longer time between two ticks is the coordinator's own: it slept, and the hosts' words wait in its sockets."""
+
+
+class Machine(Transitions):
+    """One supervised run: what it hears, and what time does to it."""
+
+    # What agents say
+
+    def hello(self, host: Host, now: float) -> None:
+        """An agent has connected, for the first time or again."""
+        known, leaves = self.hosts.get(host.name), host.is_leaving
+        host.is_connected, host.heard, host.is_leaving = True, now, False
+        if known is None or known.pid != host.pid:
+            self._judge.came(host.name, self.reached)
+        else:
+            host.progress, host.is_leaving, host.is_deaf = known.progress, known.is_leaving, known.is_deaf
+        self.hosts[host.name] = host
+        self._agents[host.name] = host.control
+        if self._is_final():
+            self._tell(host.name, do="end", code=self._code)
+            return
+        epoch = self.epoch
+        old = self.number if epoch is not None and self._is_over() else self.number - 1
+        if epoch is not None and host.fenced < old:
+            self._tell(host.name, do="fence", epoch=old)  # what it was told meanwhile did not reach it
+        if epoch is not None and not self._is_over() and epoch.misses(host):
+            # Its agent is a new one and finds no worker: the host was restarted, or the worker died unseen.
+            rank = epoch.world.members.index(host.name)
+            self._suspect(ev.WorkerExit(host.name, rank, epoch.number, signal=9, step=self.reached.step), now)
+        if leaves:
+            self._preempted(host, now)
+        self._proceed(now)
+
+    def disconnected(self, name: str, now: float) -> None:
+        """Its stream ended. The lease decides whether it is lost: agents connect again."""
+        self.hosts[name].is_connected = False
+        self._proceed(now)
+
+    def message(self, name: str, message: Mapping[str, Any], now: float) -> None:
+        """A message of a connected agent. What belongs to another epoch than this one changes nothing."""
+        host = self.hosts[name]
+        host.heard = now
+        kind, epoch = message["kind"], self.epoch
+        if kind in ("ready", "unready"):
+            host.is_ready = kind == "ready"
+        elif kind == "zygote_failed":
+            if self.state is State.WAITING:  # no other attempt will import the recipe
+                text = f"the recipe cannot be imported on {name}:\n{message['text']}"
+                self._finish(1, text, now, State.ESCALATED)
+        elif kind == "preempted":
+            self._preempted(host, now)
+        elif kind == "alarm":
+            self.actions.append(Note("alarm", {"what": message["what"], "detail": message["detail"]}))
+        elif kind == "fenced":
+            host.fenced = max(host.fenced, int(message["epoch"]))
+            host.copies, host.is_deaf = list(message["copies"]), False
+        elif epoch is not None and message.get("epoch") == epoch.number and name in epoch.world.members:
+            self._of_this_epoch(epoch, host, kind, message, now)
+        self._proceed(now)
+
+    def _of_this_epoch(self, epoch: Epoch, host: Host, kind: str, message: Mapping[str, Any], now: float) -> None:
+        name, commits = host.name, epoch.commits
+        match kind:
+            case "heartbeat":
+                self._beat(epoch, host, message, now)
+            case "service" if "address" in message:
+                epoch.address = str(message["address"])
+                self._start_workers(epoch)
+            case "service" | "started" if "error" in message:
+                self._suspect(ev.AgentRefused(name, epoch.number, str(message["error"])), now)
+            case "started":
+                epoch.started.add(name)
+            case "begun":
+                epoch.begun.add(name)
+            case "restored" if name == epoch.world.members[0]:
+                took = round(now - (self._fault_at or self.entered), 4)
+                fields = {"step": message["step"], "sources": message["sources"], "seconds": took}
+                self.actions.append(Note("restored", fields))
+            case "finished":
+                epoch.warmed.add(name)
+                epoch.final_step = int(message["step"])
+            case "kept":
+                epoch.kept = str(message["tier"])
+            case "slot_sealed":
+                size, seconds, blocked = message["bytes"], message["seconds"], message["blocked_seconds"]
+                self._announce(epoch, commits.sealed(name, message["step"], size, seconds, blocked))
+            case "slot_skipped":
+                self._announce(epoch, commits.skipped(name, message["step"]))
+            case "slot_copied":
+                self._announce(epoch, commits.copied(name, message["step"], message["holder"]))
+            case "slot_uncopied":
+                self._announce(epoch, commits.uncopied(name, message["step"]))
+            case "stacks":
+                self.actions.append(Note("stacks", {"host": name, "text": message["text"]}))
+            case "rejected":
+                damaged, note = rejection_of(epoch, message)
+                self.damaged.add(damaged)
+                self.actions.append(note)
+            case "worker_exit" | "service_exit" | "error":
+                evidence = evidence_of(epoch, host, kind, message)
+                if evidence is not None:
+                    self._suspect(evidence, now)
+                elif kind == "worker_exit":
+                    epoch.ended[name], self._ended_at = message["code"], now
+
+    def _beat(self, epoch: Epoch, host: Host, message: Mapping[str, Any], now: float) -> None:
+        # All of it is taken, or nothing: a word that makes no sense ends its sender's stream, and no later tick.
+        section = SECTIONS[SECTIONS.index(message["section"])]
+        place: dict[str, Any] = {"epoch": epoch.number, "step": int(message["step"]), "section": section}
+        place |= {"seconds": float(message["seconds"]), "finished": bool(message["finished"])}
+        place["stopped"] = bool(message.get("stopped", False))
+        pace = learned(self.pace, epoch, message)
+        host.progress = {**place, "told": now}
+        if message["step"] > epoch.start_step or message["finished"]:
+            epoch.warmed.add(host.name)
+        self.reached = progressed(self.reached, epoch, message)
+        if not self._is_over():  # what ends in a fault says nothing about how long things take
+            self.pace = pace
+
+    # Time and people
+
+    def tick(self, now: float) -> None:
+        """Looks at leases and deadlines; call it some times a second."""
+        epoch, slept = self.epoch, now - self._ticked
+        self._ticked = now
+        if slept > PAUSE_SECONDS:
+            for host in self.hosts.values():
+                host.heard += slept
+        elif epoch is not None and not self._is_final() and self.state is not State.WAITING:
+            self._check_leases(epoch, now)
+            if not self._is_over():
+                self._check_progress(epoch, now)
+            self._check_deadline(epoch, now)
+            if sealed := epoch.commits.news(now):
+                self.actions.append(Note("sealed", {"tier": "memory", **sealed}))
+            if self.settings.every == AUTO and self.state is State.RUNNING:
+                self._set_cadence(epoch, now)
+        self._proceed(now)
+
+    def _set_cadence(self, epoch: Epoch, now: float) -> None:
+        """Saves into memory as often as is worth what it was measured to cost."""
+        self.costs = self.costs.sealed(epoch.commits.newest)
+        steps = self.pace.durations.get(Kind("step", world=len(epoch.world.members)), ())
+        choice = choose(self.costs, self.cadence, steps, now - self._began, self.reached.step)
+        if choice is not None:
+            self.cadence = choice.cadence
+            self.actions.append(Note("cadence", choice.fields()))
+            self._announce(epoch, True)
+
+    def drain(self, reason: str, now: float) -> None:
+        """Somebody asks the run to stop: the workers save and end. Asked again, it changes nothing."""
+        if self.drain_reason or self._is_final():
+            return
+        self.drain_reason = reason
+        if self.epoch is None and any(host.work is not None for host in self.hosts.values()):
+            return  # an epoch is under way and will be taken over in a moment
+        if self.epoch is None or self.state is State.WAITING:
+            self._stop(reason, now)
+        elif not self._is_over():
+            self._end_epoch("drain", reason, now)
+
+    def _preempted(self, host: Host, now: float) -> None:
+        """A host is told to end. The others go on without it, from the step at which all save together."""
+        if host.is_leaving:
+            return
+        host.is_leaving = True
+        self.actions.append(Note("alarm", {"what": "preemption", "detail": f"{host.name} was told to end"}))
+        if self.epoch is not None and host.name in self.epoch.world.members and not self._is_over():
+            stays = any(not self.hosts[name].is_leaving for name in self.epoch.world.members)
+            self._end_epoch("handover" if stays else "drain", f"{host.name} was told to end", now)
+
+    def _check_leases(self, epoch: Epoch, now: float) -> None:
+        lost = self._lost()
+        for name in epoch.world.members:
+            silent = now - self.hosts[name].heard
+            is_through = name in epoch.ended and (not epoch.is_closing or self.hosts[name].fenced >= epoch.number)
+            if silent > self.settings.lease_seconds and name not in lost and not is_through:
+                self._suspect(ev.HostLost(name, epoch.number, silent), now)
+
+    def _check_progress(self, epoch: Epoch, now: float) -> None:
+        hung: list[ev.Evidence] = []
+        for position in suspects(positions(epoch, self.hosts), self.pace, now):
+            place = (position.rank, epoch.number, position.kind.section, position.step)
+            seconds, limit = now - position.entered, self.pace.limit(position.kind)
+            hung.append(ev.WorkerHung(position.host, *place, seconds, limit, position.stopped))
+        if hung:  # all of them are known before any is fenced: each is asked for its stacks then
+            self.evidence += hung[:-1]
+            self._suspect(hung[-1], now)
+
+    def _check_deadline(self, epoch: Epoch, now: float) -> None:
+        limit = DEADLINES.get(self.state)
+        if limit is None or now - self.entered <= limit:
+            return
+        done = epoch.done_in(self.state) if not self._is_over() else self._fenced_or_gone(epoch)
+        missing = tuple(name for name in epoch.world.members if name not in done)
+        if self.state in (State.FENCING, State.SUSPECT):
+            for name in missing:  # an agent that does not end its worker is as good as gone
+                self.hosts[name].is_deaf = True
+                self.evidence.append(ev.HostLost(name, epoch.number, now - self.hosts[name].heard))
+        elif not self._is_over():
+            self._suspect(ev.PhaseExpired(epoch.number, self.state.value, now - self.entered, missing), now)

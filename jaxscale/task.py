@@ -1,0 +1,66 @@
+"""What the trainer knows of a model, and nothing more.
+
+A task is pure functions over one nested dict of parameters. The trainer imports no model; models import no trainer.
+Losses and metrics are *sums over tokens weighted by `loss_weight`*; the step divides by the global weight once, which
+makes the mean independent of microbatches, padding and the number of processes. Read next: `models/transformer.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import jax
+
+Params = dict[str, Any]  # nested dict of arrays; a parameter's path joins the keys with "/"
+Batch = Mapping[str, jax.Array]  # tokens, targets, segment_ids, positions, loss_weight: (B, S); row: (B,)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter before it exists.
+
+    `shape`: global shape; `axes`: one logical axis (or None) per dim, see `axes.py`; `init`: how it starts;
+    `scale`: standard deviation for `normal`. `matrix_dims`: for weights that act as one matrix, how many trailing dims
+    form its (inputs, outputs) sides, e.g. (1, 2) for attention's (width, heads, head_dim); None for everything else.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: Literal["normal", "zeros", "ones"] = "normal"
+    scale: float = 0.02
+    matrix_dims: tuple[int, int] | None = None
+
+
+class Task(Protocol):
+    """A trainable problem. All methods are pure; `loss` is traced."""
+
+    def __hash__(self) -> int:
+        """Programs are kept by their task."""
+        ...
+
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        """Flat table: path -> Parameter."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that the task accepts: 0 to vocabulary - 1."""
+        ...
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters, sharded by the rules; the same values on every mesh."""
+        ...
+
+    def loss(self, params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Weighted *sums* over the batch: the loss to differentiate and a dict of float32 scalars (`loss` among them).
+
+        key: of this step, for dropout and the like, to be folded with `batch["row"]`; None = evaluation, no randomness.
+        """
+        ...
+
+    def flops_per_token(self, sequence: int) -> float:
+        """Model FLOPs of forward and backward per trained token at this sequence length (no recomputation)."""
+        ...

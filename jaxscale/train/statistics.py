@@ -1,0 +1,54 @@
+"""Metrics that a run asks for: per-layer statistics and the gradient-noise scale. Pure, traced inside the step.
+
+Read next: `train/loop.py`, which writes them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxscale.config import Config
+from jaxscale.optim.clip import norm_of, sum_of_squares
+from jaxscale.optim.scaling import noise_scale
+from jaxscale.task import Params, Task
+
+LAYERS = "layers/"
+"""Prefix of metrics that hold one number per layer; written every `run.layer_stats_every` steps."""
+
+
+def extra_metrics(
+    config: Config,
+    task: Task,
+    metrics: dict[str, jax.Array],
+    squares: dict[str, jax.Array],
+    old: Params,
+    new: Params,
+) -> dict[str, jax.Array]:
+    """What the config turns on, from values the step has anyway.
+
+    noise_scale: tokens in the batch around which larger ones stop paying; average noise_trace and signal over steps for
+    a steadier figure (`optim/scaling.py`). squares: sums of squared gradients by path, (layers,) for stacked weights.
+    Layer statistics: norms of gradient, weight and update by parameter and layer.
+    """
+    extra: dict[str, jax.Array] = {}
+    if config.train.noise_scale:
+        # In units of one microbatch first, then in tokens: the number of tokens is known inside the program only.
+        parts = metrics.pop("parts")
+        estimate = noise_scale(metrics.pop("part_square"), norm_of(squares) ** 2, 1, parts)
+        tokens = metrics["tokens"] / parts
+        extra |= {"signal": estimate["signal"]}
+        extra |= {name: estimate[name] * tokens for name in ("noise_trace", "noise_scale")}
+    if config.run.layer_stats_every:
+        change = jax.tree.map(lambda a, b: b.astype(jnp.float32) - a.astype(jnp.float32), old, new)
+        kinds: dict[str, Any] = {
+            "gradient": squares,
+            "weight": sum_of_squares(new, task.parameters),
+            "update": sum_of_squares(change, task.parameters),
+        }
+        extra |= {
+            f"{LAYERS}{kind}/{path}": jnp.sqrt(s) for kind, by_path in kinds.items() for path, s in by_path.items()
+        }
+    return extra

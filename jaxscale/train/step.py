@@ -1,0 +1,62 @@
+"""The training step: a pure function of state and batch, the file everybody reads.
+
+It knows no mesh, no host and no model. What a config turns on or off is decided in `make_step`, before tracing.
+Read next: `train/accumulate.py` (gradients), `optim/build.py` (updates), `train/loop.py` (who calls this).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jaxscale.config import Config
+from jaxscale.optim.build import Optimizer, apply_updates
+from jaxscale.optim.clip import clip_by_global_norm, norm_of, sum_of_squares
+from jaxscale.optim.ema import update_ema
+from jaxscale.task import Batch, Task
+from jaxscale.train import guard
+from jaxscale.train.accumulate import loss_and_gradients
+from jaxscale.train.state import State
+from jaxscale.train.statistics import extra_metrics
+
+Metrics = dict[str, jax.Array]
+Step = Callable[[State, Batch, jax.Array], tuple[State, Metrics]]
+
+
+def train_step(
+    state: State, batch: Batch, step: jax.Array, *, config: Config, task: Task, optimizer: Optimizer
+) -> tuple[State, Metrics]:
+    """One update. Returns the new state and float32 metrics (scalars; `layers/...` are (layers,)), all replicated.
+
+    state: see `state.py`; batch: arrays (rows, sequence) split over (data, fsdp, expert); step: int32, updates before
+    this one. A loss or gradient that is not finite, or a spike, leaves weights and optimizer as they are and counts.
+    """
+    key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), step)
+    metrics, gradients = loss_and_gradients(
+        task, state["params"], batch, key, config.train.microbatches, config.train.noise_scale
+    )
+    squares = sum_of_squares(gradients, task.parameters)
+    norm, score = norm_of(squares), guard.spike_score(state["window"], metrics["loss"])
+    accepted = guard.accepts(state["window"], metrics["loss"], norm, score, config.train.skip_spikes_above)
+
+    clipped = clip_by_global_norm(gradients, norm, config.optim.clip)
+    updates, opt = optimizer.update(clipped, state["opt"], state["params"], step)
+    params = apply_updates(state["params"], updates)
+    new = {"params": params, "opt": opt}
+    if "ema" in state:
+        new["ema"] = update_ema(state["ema"], params, config.optim.ema)
+
+    kept = jax.tree.map(partial(jnp.where, accepted), new, {name: state[name] for name in new})
+    skipped = state["skipped"] + jnp.where(accepted, 0, 1)
+    metrics |= {"grad_norm": norm, "learning_rate": optimizer.learning_rate(step), "spike": score, "skipped": skipped}
+    metrics |= extra_metrics(config, task, metrics, squares, state["params"], params)
+    window = guard.push(state["window"], metrics["loss"], norm)
+    return {**state, **kept, "window": window, "skipped": skipped}, metrics
+
+
+def make_step(config: Config, task: Task, optimizer: Optimizer) -> Step:
+    """The jitted step. The state is donated: its buffers are reused for the new one."""
+    return jax.jit(partial(train_step, config=config, task=task, optimizer=optimizer), donate_argnums=0)

@@ -1,0 +1,6 @@
+"""Lets the checkpoint tests import `states`, also from the processes they start."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

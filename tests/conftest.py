@@ -1,0 +1,14 @@
+"""Eight emulated CPU devices for every test, and a compilation cache on disk that survives between runs."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+CACHE = Path(os.environ.get("JAXSCALE_TEST_CACHE", Path.home() / ".cache" / "jaxscale" / "test-compile"))
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

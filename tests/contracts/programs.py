@@ -1,0 +1,45 @@
+"""Abstract programs of a config, for tests that read HLO or lower without devices."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxscale import axes
+from jaxscale.mesh import mesh_sizes
+from jaxscale.optim.build import make_optimizer
+from jaxscale.train.accumulate import loss_and_gradients
+from jaxscale.train.state import abstract_state
+from jaxscale.train.step import make_step
+
+
+def abstract_batch(config, mesh):
+    shards = axes.batch_shards(mesh_sizes(mesh))
+    rows = axes.padded_batch(config.data.batch, config.train.microbatches, shards)
+    tokens = jax.NamedSharding(mesh, axes.spec("act_batch", "act_sequence"))
+    row = jax.NamedSharding(mesh, axes.spec("act_batch"))
+    shape = (rows, config.data.sequence)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=tokens)
+        for name in ("tokens", "targets", "segment_ids", "positions")
+    }
+    batch["loss_weight"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=tokens)
+    return {**batch, "row": jax.ShapeDtypeStruct(shape[:1], jnp.uint32, sharding=row)}
+
+
+def lower_gradients(config, mesh):
+    """Forward and backward; call inside `jax.set_mesh`."""
+    task = config.model.task(config)
+    params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
+
+    def gradients(params, batch):
+        return loss_and_gradients(task, params, batch, jax.random.key(0), config.train.microbatches, False)
+
+    return jax.jit(gradients).lower(params, abstract_batch(config, mesh))
+
+
+def trace_step(config, mesh):
+    """The whole training step; call inside `jax.set_mesh` or `use_abstract_mesh`."""
+    task = config.model.task(config)
+    optimizer = make_optimizer(config.optim, task.parameters, config.steps)
+    step = make_step(config, task, optimizer)
+    state = abstract_state(config, task, optimizer)
+    return step.trace(state, abstract_batch(config, mesh), jax.ShapeDtypeStruct((), jnp.int32))

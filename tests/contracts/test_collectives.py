@@ -1,0 +1,124 @@
+"""Forward and backward of each parallelism have exactly the collectives declared here, and XLA never gives up.
+
+A loop's body stands in the program once, so the counts are those of one layer plus what is outside the layers:
+
+    fsdp    every weight is gathered for the forward and again for the backward pass, its gradient scattered once;
+            embedding and head are gathered once (the loss computes its gradients together with the logits)
+    data    every weight's gradient is summed once; together with fsdp only the shards that fsdp left
+    tensor  forward: the input of attention and of the MLP gathered, their outputs scattered; backward: the same
+            mirrored, and the inputs of the weight gradients gathered again; embedding and head add one of each
+"""
+
+import dataclasses
+import re
+
+import jax
+import pytest
+from programs import lower_gradients, trace_step
+
+from jaxscale import axes
+from jaxscale.config import Config, DataConfig, PrecisionConfig, RematConfig
+from jaxscale.mesh import mesh_sizes
+from jaxscale.models.transformer_config import TransformerConfig
+from jaxscale.testing.hlo import by_axis, collectives
+
+CONFIG = Config(
+    "contract",
+    TransformerConfig(vocabulary=512, layers=4, width=64, heads=8, kv_heads=4, mlp=128),
+    data=DataConfig(path="builtin", sequence=64, batch=16),
+    precision=PrecisionConfig(compute="float32"),
+    remat=RematConfig("none"),
+)
+LAYER_WEIGHTS = 7  # q k v o gate up down
+NORMS = 3  # two in a layer, one at the end
+TOTALS = 2  # the batch's weight, and the sums of the metrics
+
+ALL_ROWS = ("data", "fsdp")
+DECLARED = {
+    "data": {("all-reduce", ("data",)): LAYER_WEIGHTS + 2 + NORMS + TOTALS},
+    "fsdp": {
+        ("all-gather", ("fsdp",)): 2 * LAYER_WEIGHTS + 2,
+        ("reduce-scatter", ("fsdp",)): LAYER_WEIGHTS + 2,
+        ("all-reduce", ("fsdp",)): NORMS + TOTALS,
+    },
+    "tensor": {
+        ("all-gather", ("tensor",)): 8,
+        ("reduce-scatter", ("tensor",)): 6,
+        ("all-reduce", ("tensor",)): NORMS + 2,  # the loss's maximum and sums over the vocabulary
+    },
+    "all": {
+        ("all-gather", ("fsdp",)): 2 * LAYER_WEIGHTS + 2,
+        ("reduce-scatter", ("fsdp",)): LAYER_WEIGHTS + 2,
+        ("all-reduce", ("data",)): LAYER_WEIGHTS + 2,
+        ("all-reduce", ALL_ROWS): NORMS + TOTALS,
+        ("all-gather", ("tensor",)): 8,
+        ("reduce-scatter", ("tensor",)): 6,
+        ("all-reduce", ("tensor",)): NORMS + 2,
+    },
+}
+MESHES = {"data": {"data": 8}, "fsdp": {"fsdp": 8}, "tensor": {"tensor": 4}}
+MESHES["all"] = {"data": 2, "fsdp": 2, "tensor": 2}
+GIVES_UP = re.compile("involuntary full rematerialization", re.IGNORECASE)
+
+
+@pytest.fixture
+def compiles_afresh():
+    """A program out of the cache prints nothing: what the compiler says is heard only when it compiles."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax._src.compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax._src.compilation_cache.reset_cache()
+
+
+def mesh_of(sizes):
+    count = 1
+    for size in sizes.values():
+        count *= size
+    return jax.make_mesh(tuple(sizes.get(a, 1) for a in axes.AXES), axes.AXES, devices=jax.devices()[:count])
+
+
+@pytest.mark.parametrize("name", DECLARED)
+@pytest.mark.usefixtures("compiles_afresh")
+def test_forward_and_backward(name, capfd):
+    mesh = mesh_of(MESHES[name])
+    with jax.set_mesh(mesh):
+        text = lower_gradients(CONFIG, mesh).compile().as_text()
+    found = collectives(text, mesh_sizes(mesh))
+    assert by_axis(found) == DECLARED[name]
+    assert not GIVES_UP.search(capfd.readouterr().err)
+
+
+def test_dtypes_on_the_wire():
+    """bfloat16 on the way in (the cast comes before the gather), float32 on the way out."""
+    config = Config(CONFIG.name, CONFIG.model, data=CONFIG.data, precision=PrecisionConfig(compute="bfloat16"))
+    mesh = mesh_of({"fsdp": 8})
+    with jax.set_mesh(mesh):
+        lowered = lower_gradients(config, mesh).as_text()
+    moved = re.findall(r'"stablehlo.reduce_scatter".*?\}\) : \(tensor<([^>]*)>', lowered, re.DOTALL)
+    assert len(moved) == LAYER_WEIGHTS + 2
+    assert all(shape.endswith("f32") for shape in moved), moved
+    gathered = re.findall(r"sdy.sharding_constraint .* : tensor<(64x128x\w+)>", lowered)  # the MLP's gate and up
+    assert "64x128xbf16" in gathered
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
+@pytest.mark.usefixtures("compiles_afresh")
+def test_no_step_makes_xla_give_up(optimizer, capfd):
+    config = dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, name=optimizer, ema=0.99))
+    mesh = mesh_of(MESHES["all"])
+    with jax.set_mesh(mesh):
+        trace_step(config, mesh).lower().compile()
+    assert not GIVES_UP.search(capfd.readouterr().err)
+
+
+@pytest.mark.usefixtures("compiles_afresh")
+def test_the_message_would_be_heard(capfd):
+    """The gradient of a lookup in a table sharded over two axes is the known way to it."""
+    mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    stored = jax.NamedSharding(mesh, jax.P("a", "b"))
+    table = jax.ShapeDtypeStruct((64, 32), "float32", sharding=stored)
+    index = jax.ShapeDtypeStruct((8, 16), "int32", sharding=jax.NamedSharding(mesh, jax.P(("b", "c"), None)))
+    gradient = jax.jit(lambda t, i: jax.grad(lambda t: (t[i] ** 2).sum())(t), out_shardings=stored)
+    gradient.lower(table, index).compile()
+    assert GIVES_UP.search(capfd.readouterr().err)

@@ -1,0 +1,50 @@
+"""The chaos command without a cluster: its schedule, and what it refuses."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxscale.chaos.faults import KINDS, flip
+from jaxscale.chaos.schedule import schedule
+from jaxscale.cli import main
+
+NAMES = tuple(KINDS)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 60))
+def test_a_schedule_is_a_function_of_its_seed(seed, faults):
+    strikes = schedule(seed, faults, NAMES, 3, 9)
+    assert strikes == schedule(seed, faults, NAMES, 3, 9)
+    assert len(strikes) == faults
+    assert all(3 <= strike.after_steps <= 9 for strike in strikes)
+    counts = [sum(strike.kind == kind for strike in strikes) for kind in NAMES]
+    assert max(counts) - min(counts) <= 1  # every kind before one comes again
+
+
+def test_other_seeds_give_other_schedules():
+    assert len({schedule(seed, 10, NAMES, 1, 30) for seed in range(20)}) == 20
+
+
+def test_flip_changes_one_bit_behind_the_header(tmp_path):
+    slot = tmp_path / "gen-0"
+    slot.write_bytes(bytes(20_000))
+    flip(slot, random.Random(3))
+    data = slot.read_bytes()
+    assert sum(byte.bit_count() for byte in data) == 1
+    assert not any(data[:4096])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--kinds", "kil"), "there is no kind of fault 'kil'; kinds are kill, "),
+        (("--faults", "0"), "--faults is 0; use 1 or more"),
+        (("--least", "9", "--most", "3"), "--most 3 is less than --least 9"),
+        (("--seeds", "3"), "unknown flag --seeds; did you mean --seed?"),
+    ],
+)
+def test_bad_flags_are_refused(capsys, flags, message):
+    assert main(["chaos", "recipes/lm_nano.py", *flags]) == 2
+    assert message in capsys.readouterr().err

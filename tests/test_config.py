@@ -1,0 +1,241 @@
+"""Configs: every field is read somewhere, what they refuse, and how they print, hash and differ."""
+
+import ast
+import dataclasses
+import typing
+from pathlib import Path
+
+import pytest
+
+from jaxscale.config import (
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EvaluateConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    PhaseConfig,
+    RematConfig,
+    RunConfig,
+    SampleConfig,
+    SourceConfig,
+    TrainConfig,
+    config_hash,
+    diff,
+    flatten,
+    to_dict,
+    to_text,
+)
+from jaxscale.models.rope_config import RopeConfig
+from jaxscale.models.transformer_config import TransformerConfig
+
+PACKAGE = Path(__file__).resolve().parent.parent / "jaxscale"
+
+
+def config(**fields: typing.Any) -> Config:
+    return Config("test", TransformerConfig(), **fields)
+
+
+# Every field is read
+
+OTHER_CLASSES = (TransformerConfig, RopeConfig, SourceConfig, PhaseConfig)
+"""Config classes that no field of Config names as its type."""
+
+CALLED = {
+    ModelConfig: {"model", "config"},
+    TransformerConfig: {"model", "config"},
+    RopeConfig: {"rope", "config"},
+    SourceConfig: {"source"},
+    PhaseConfig: {"phase"},
+    RematConfig: {"config"},
+}
+"""What code calls an instance of a class, beside the field of Config that holds it."""
+
+
+def reads() -> dict[str, set[str]]:
+    """Attribute name -> the names of what it is read from, over the package. Validation by the class is no use."""
+    found: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        skipped = {
+            id(node)
+            for function in ast.walk(tree)
+            if isinstance(function, ast.FunctionDef) and function.name == "__post_init__"
+            for node in ast.walk(function)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and id(node) not in skipped:
+                owner = getattr(node.value, "attr", None) or getattr(node.value, "id", "")
+                found.setdefault(node.attr, set()).add(owner.lstrip("_"))
+    return found
+
+
+def fields() -> list[tuple[type, str, set[str]]]:
+    """(class, field, names an instance goes by), over Config and all classes below it."""
+    hints = typing.get_type_hints(Config)
+    sections = {kind: {name} for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    classes = {Config: {"config"}, **sections, **{kind: set() for kind in OTHER_CLASSES}}
+    return [
+        (kind, field.name, names | CALLED.get(kind, set()) | {"self"})
+        for kind, names in classes.items()
+        for field in dataclasses.fields(kind)
+    ]
+
+
+def test_every_field_is_read_somewhere():
+    found = reads()
+    unread = [
+        f"{kind.__name__}.{name}"
+        for kind, name, owners in fields()
+        # The mesh axes are read as a whole, by asdict.
+        if kind is not MeshConfig and not owners & found.get(name, set())
+    ]
+    assert not unread, f"no code in jaxscale/ reads {', '.join(unread)}: use the field or delete it"
+
+
+def test_a_field_that_nothing_reads_would_be_found():
+    assert "name_that_nothing_reads" not in reads()
+    assert {"steps", "learning_rate", "theta", "weight"} <= {name for _, name, _ in fields()}
+
+
+# What they refuse
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: config(steps=0), "--steps is 0"),
+        (lambda: config(devices=-1), "--devices is -1"),
+        (lambda: config(seed=-1), "--seed is -1; use 0 to 4294967295"),
+        (lambda: config(seed=2**32), "--seed is 4294967296"),
+        (lambda: config(steps=4, run=RunConfig(profile="5:9")), "run.profile is '5:9', but the run ends after step 4"),
+        (lambda: MeshConfig(tensor=0), "mesh.tensor is 0"),
+        (lambda: SourceConfig(""), "empty path"),
+        (lambda: SourceConfig("a", -1), "weight -1"),
+        (lambda: DataConfig(sequence=1), "data.sequence is 1"),
+        (lambda: DataConfig(path="a", mixture=(SourceConfig("b"),)), "both set"),
+        (lambda: PhaseConfig(0), "the run itself is the phase from step 0"),
+        (lambda: config(phases=(PhaseConfig(9), PhaseConfig(5))), "in growing order"),
+        (lambda: OptimConfig(learning_rate=0), "optim.learning-rate is 0"),
+        (lambda: OptimConfig(ema=1.0), "optim.ema is 1.0"),
+        (lambda: OptimConfig(final=2.0), "optim.final is 2.0"),
+        (lambda: TrainConfig(microbatches=0), "train.microbatches is 0"),
+        (lambda: TrainConfig(noise_scale=True), "set train.microbatches to 2 or more"),
+        (lambda: TrainConfig(z_loss=-1.0), "train.z-loss is -1.0"),
+        (lambda: TrainConfig(loss_chunk=-5), "train.loss-chunk is -5"),
+        (lambda: TrainConfig(skip_spikes_above=-1.0), "train.skip-spikes-above is -1.0"),
+        (lambda: PhaseConfig(5, batch=-4), "the phase from step 5 has sequence 0 and batch -4"),
+        (lambda: PhaseConfig(5, sequence=1), "the phase from step 5 has sequence 1 and batch 0"),
+        (
+            lambda: config(data=DataConfig(batch=6), train=TrainConfig(microbatches=4)),
+            "use train.microbatches of 1, 2, 3, 6",
+        ),
+        (
+            lambda: config(phases=(PhaseConfig(5, batch=5),), train=TrainConfig(microbatches=4)),
+            "a batch of 5 rows cannot be split into 4",
+        ),
+        (lambda: EvaluateConfig(every=-1), "0 or more"),
+        (lambda: SampleConfig(every=5), "give a prompt"),
+        (lambda: RunConfig(profile="10"), "run.profile is '10'; use FIRST:LAST"),
+        (lambda: RunConfig(profile="5:3"), "use FIRST:LAST"),
+        (lambda: RunConfig(profile="0:3"), "use FIRST:LAST"),
+        (lambda: RunConfig(layer_stats_every=-1), "run.layer-stats-every is -1"),
+        (lambda: CheckpointConfig(keep=0), "checkpoint.keep is 0"),
+        (lambda: TransformerConfig(width=250), "not a multiple of model.heads 4"),
+        (lambda: TransformerConfig(heads=4, kv_heads=3), "not a multiple of model.kv-heads 3"),
+        (lambda: TransformerConfig(layers=3, window=(8, 0)), "do not divide model.layers 3"),
+        (lambda: TransformerConfig(logit_softcap=-3.0), "model.logit-softcap is -3.0"),
+        (lambda: TransformerConfig(attention_softcap=-3.0), "model.attention-softcap is -3.0"),
+        (lambda: TransformerConfig(head_dim=-4), "model.head-dim is -4"),
+        (lambda: TransformerConfig(kv_heads=-2), "model.kv-heads is -2"),
+        (lambda: TransformerConfig(norm_epsilon=-1.0), "model.norm-epsilon is -1.0"),
+    ],
+)
+def test_what_is_refused(make, said):
+    with pytest.raises(ConfigError) as error:
+        make()
+    assert said in str(error.value)
+
+
+def float_fields(value, path=()):
+    """The path of every float of a config, nested ones too."""
+    for field in dataclasses.fields(value):
+        inner = getattr(value, field.name)
+        if dataclasses.is_dataclass(inner):
+            yield from float_fields(inner, (*path, field.name))
+        elif isinstance(inner, float):
+            yield (*path, field.name)
+
+
+def with_value(value, path, new):
+    inner = with_value(getattr(value, path[0]), path[1:], new) if len(path) > 1 else new
+    return dataclasses.replace(value, **{path[0]: inner})
+
+
+FLOATS = list(float_fields(Config("test", TransformerConfig())))
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("path", FLOATS, ids=".".join)
+def test_no_field_takes_what_is_no_finite_number(path, number):
+    with pytest.raises(ConfigError, match=path[-1].replace("_", "-")):
+        with_value(Config("test", TransformerConfig()), path, number)
+
+
+def test_the_floats_of_a_config_are_found():
+    assert {("optim", "learning_rate"), ("model", "rope", "theta"), ("train", "z_loss")} <= set(FLOATS)
+
+
+@pytest.mark.parametrize("weight", ["inf", "nan", "-inf", "0", "-1", "1e400"])
+def test_a_weight_is_positive_and_finite(weight):
+    with pytest.raises(ConfigError, match=r"data source 'a' has weight .*; weights are positive and finite"):
+        SourceConfig("a", float(weight))
+
+
+def test_a_model_without_a_task_says_so():
+    with pytest.raises(TypeError, match=r"override task\(config\)"):
+        ModelConfig().task(config())
+
+
+# How they print, hash and differ
+
+
+def test_text_has_a_line_per_field():
+    lines = to_text(config(mesh=MeshConfig(tensor=2), phases=(PhaseConfig(5),))).splitlines()
+    assert 'model.kind = "TransformerConfig"' in lines
+    assert "mesh.tensor = 2" in lines
+    assert "mesh.data = null" in lines
+    assert 'phases = [{"start": 5, "sequence": 0, "batch": 0, "mixture": []}]' in lines
+    assert len(lines) == len(flatten(to_dict(config())))
+
+
+def test_hash_follows_what_is_computed_not_where():
+    base = config_hash(config())
+    same = [
+        config(steps=7),
+        config(mesh=MeshConfig(tensor=2)),
+        config(devices=8),
+        config(run=RunConfig(dir="elsewhere")),
+        config(data=DataConfig(cache="there")),
+        config(checkpoint=CheckpointConfig(every=5)),
+    ]
+    others = [
+        config(seed=1),
+        config(data=DataConfig(path="other")),
+        config(data=DataConfig(batch=16)),
+        config(optim=OptimConfig(learning_rate=1e-3)),
+        Config("test", TransformerConfig(layers=2)),
+        Config("other", TransformerConfig()),
+    ]
+    assert {config_hash(c) for c in same} == {base}
+    assert len({base, *(config_hash(c) for c in others)}) == 1 + len(others)
+
+
+def test_diff_names_the_fields():
+    old, new = to_dict(config()), to_dict(config(seed=3, optim=OptimConfig(b1=0.5)))
+    assert diff(old, new) == ["optim.b1: 0.9 -> 0.5", "seed: 0 -> 3"]
+    assert diff(old, old) == []
+    del new["seed"]
+    assert diff(old, new)[-1] == 'seed: 0 -> "(absent)"'
