@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from jaxscale import tree
-from jaxscale.checkpoint import agree, layout
+from jaxscale.checkpoint import agree, layout, leftovers
 from jaxscale.train.protocols import Record
 
 logger = logging.getLogger(__name__)
@@ -299,6 +299,7 @@ def explain(error: BaseException, folder: Path) -> str:
 
 def load_orbax() -> Any:
     """Orbax's v1 interface, imported at first use."""
+    leftovers.quiet()
     from orbax.checkpoint import v1  # type: ignore[import-untyped]  # Orbax ships no types
 
     return v1
