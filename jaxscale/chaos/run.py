@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from jaxscale.chaos.faults import KINDS, FaultKind, NotYet
+from jaxscale.chaos.ledger import Ledger, account
 from jaxscale.chaos.schedule import Strike
 from jaxscale.testing.cluster import RunningCluster, launched, left_behind
 from jaxscale.track.jsonl import read_metrics
 from jaxscale.track.lines import decode, encode
 
 RECOVERY_SECONDS = 120.0
+ACCOUNTED = 0.995
+"""Share of the wall time that a run's own logs must explain."""
 SETTLE_STEPS = 3
 """Steps of the first epoch before the first fault, and after a fault that must not be noticed."""
 REFERENCE_RUN, REFERENCE_DONE = "run", "done.json"
@@ -56,6 +59,8 @@ class Report:
     largest_difference: float = 0.0
     """Of a loss to the undisturbed run's, relative."""
     resized: bool = False
+    ledger: Ledger | None = None
+    """None where the run wrote nothing."""
 
     @property
     def passed(self) -> bool:
@@ -111,8 +116,10 @@ def run_chaos(
     """
     report = Report(seed)
     with launched(recipe, folder, *overrides) as cluster:
+        memory: Path | None = None
         try:
             cluster.wait_for_step(SETTLE_STEPS, seconds=RECOVERY_SECONDS)
+            memory = cluster.memory(cluster.worker(0)[0]).parent
             for strike in strikes:
                 report.recoveries.append(strike_once(cluster, strike))
                 last = report.recoveries[-1]
@@ -124,7 +131,11 @@ def run_chaos(
             report.problems.append(str(error))
         report.resized = bool(cluster.events("resized"))
         report.problems += _wrong(cluster, reference, tolerance, report)
-    report.problems += [f"left behind: {what}" for what in left_behind(folder)]
+        report.problems += _unexplained(cluster, report)
+        if cluster.process.poll() is not None:  # else it could not clean up yet, and the problem is another one
+            report.problems += [f"left behind: process {pid}" for pid in left_behind(folder)]
+            if memory is not None and memory.exists():
+                report.problems.append(f"left behind: {memory}, with {len(list(memory.rglob('*')))} files")
     return report
 
 
@@ -236,6 +247,16 @@ def _wrong(
         if difference > limit:
             yield f"the loss of step {step} is {line['loss']!r}, not {right['loss']!r}"
             return
+
+
+def _unexplained(cluster: RunningCluster, report: Report) -> Iterator[str]:
+    """Wall time that the run's own logs do not account for."""
+    events, lines = cluster.events(), cluster.lines()
+    if events and lines:
+        report.ledger = account(events, lines, cluster.metrics())
+        if report.ledger.accounted < ACCOUNTED:
+            lost, wall = report.ledger.unaccounted, report.ledger.wall
+            yield f"{lost:.2f} s of {wall:.1f} s are in no line and no state: {report.ledger.accounted:.2%} are explained"
 
 
 def _ended(recovery: Recovery) -> str:

@@ -128,4 +128,9 @@ def _summary(report: Any) -> str:
         lines[0] += f"; back after {statistics.median(times):.2f} s (median), {times[-1]:.2f} s (worst)"
     size = "resized on the way" if report.resized else "the world kept its size"
     lines.append(f"losses: {size}, largest relative difference to the undisturbed run {report.largest_difference:.1e}")
+    if report.ledger is not None:
+        shares = (
+            f"{report.ledger.effective:.1%} of it in training that counts, {report.ledger.accounted:.2%} accounted for"
+        )
+        lines.append(f"time: {report.ledger.wall:.0f} s, {shares}")
     return "\n".join([*lines, *(f"PROBLEM: {p}" for p in report.problems), "passed" if report.passed else "FAILED"])

@@ -99,7 +99,8 @@ def cause_of(evidence: Evidence) -> str:
         case EpochHostLost():
             return "epoch host"
         case WorkerHung():
-            return "data" if evidence.section == "data" else "hang"
+            # A stopped process waits for nothing: it is stopped wherever it happens to be.
+            return "data" if evidence.section == "data" and not evidence.stopped else "hang"
         case WorkerExit() | WorkerError():
             return _cause_of_worker(evidence)
 

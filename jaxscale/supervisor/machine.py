@@ -24,6 +24,10 @@ PAUSE_SECONDS = 0.5
 """A longer time between two ticks is the coordinator's own: it slept, and the hosts' words wait in its sockets."""
 
 
+SAID_ONCE = frozenset({"worker_exit", "service_exit", "error", "finished", "kept"})
+"""Words that no agent repeats."""
+
+
 class Machine(Transitions):
     """One supervised run: what it hears, and what time does to it."""
 
@@ -46,13 +50,26 @@ class Machine(Transitions):
         old = self.number if epoch is not None and self._is_over() else self.number - 1
         if epoch is not None and host.fenced < old:
             self._tell(host.name, do="fence", epoch=old)  # what it was told meanwhile did not reach it
-        if epoch is not None and not self._is_over() and epoch.misses(host):
-            # Its agent is a new one and finds no worker: the host was restarted, or the worker died unseen.
-            rank = epoch.world.members.index(host.name)
-            self._suspect(ev.WorkerExit(host.name, rank, epoch.number, signal=9, step=self.reached.step), now)
+        if epoch is not None:
+            self._check_worker(epoch, host, now)
         if leaves:
             self._preempted(host, now)
         self._proceed(now)
+
+    def _check_worker(self, epoch: Epoch, host: Host, now: float) -> None:
+        """An agent that knows of no worker is a new one, of a host that was restarted, or the worker died unseen."""
+        if not self._is_over() and epoch.misses(host):
+            rank = epoch.world.members.index(host.name)
+            self._suspect(ev.WorkerExit(host.name, rank, epoch.number, signal=9, step=self.reached.step), now)
+
+    def _catch_up(self, epoch: Epoch, now: float) -> None:
+        early, self._early = self._early, []
+        for name, message in early:
+            if message.get("epoch") == epoch.number and name in epoch.world.members:
+                self._of_this_epoch(epoch, self.hosts[name], message["kind"], message, now)
+        for name in epoch.world.members:
+            if self.hosts[name].is_connected:
+                self._check_worker(epoch, self.hosts[name], now)
 
     def disconnected(self, name: str, now: float) -> None:
         """Its stream ended. The lease decides whether it is lost: agents connect again."""
@@ -79,6 +96,8 @@ class Machine(Transitions):
             host.copies, host.is_deaf = list(message["copies"]), False
         elif epoch is not None and message.get("epoch") == epoch.number and name in epoch.world.members:
             self._of_this_epoch(epoch, host, kind, message, now)
+        elif epoch is None and kind in SAID_ONCE:
+            self._early.append((name, message))
         self._proceed(now)
 
     def _of_this_epoch(self, epoch: Epoch, host: Host, kind: str, message: Mapping[str, Any], now: float) -> None:

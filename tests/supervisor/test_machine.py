@@ -780,6 +780,69 @@ def test_a_member_that_does_not_come_to_the_new_coordinator_is_lost():
     assert (found.state, found.members) == (State.RUNNING, ("host-0", "host-1"))
 
 
+def unseen(history, name, exit_is_told):
+    """A worker dies while the new coordinator still waits for the last member."""
+    for other in FOUR:
+        history.hosts[other].worker.hang(history.now)
+    if exit_is_told:
+        history.kill_worker(name, 11)
+    else:
+        history.hosts[name].worker = None
+
+
+def test_a_worker_that_dies_before_its_epoch_is_found_is_no_secret():
+    _, found = taken_over(missing=("host-3",))
+    unseen(found, "host-1", exit_is_told=True)
+    assert found.state is State.WAITING
+    found.connect("host-3")
+    found.until_running(2)
+    (fault,) = found.faults()
+    assert (fault["host"], fault["class"]) == ("host-1", "recoverable")
+    assert "SIGSEGV" in fault["cause"]
+    assert found.members == FOUR
+
+
+def test_nor_one_that_died_before_its_agent_came_to_the_new_coordinator():
+    _, found = taken_over(missing=("host-3",))
+    unseen(found, "host-3", exit_is_told=False)
+    found.connect("host-3")
+    assert found.state is State.WAITING
+    found.run(Settings.adopt_seconds + 1)
+    found.until_running(2)
+    assert [fault["host"] for fault in found.faults()] == ["host-3"]
+    assert found.members == FOUR
+
+
+def test_nor_all_of_them():
+    _, found = taken_over(missing=("host-3",))
+    for name in FOUR[:3]:
+        found.kill_worker(name)
+    found.hosts["host-3"].worker = None
+    found.connect("host-3")
+    found.run(Settings.adopt_seconds + 1)
+    found.until_running(2)
+    assert found.members == FOUR
+
+
+def test_what_was_said_early_of_an_older_epoch_changes_nothing():
+    _, found = taken_over(missing=("host-3",))
+    found.say("host-1", "worker_exit", epoch=0, code=None, signal=9, fenced=False, section="step", step=3)
+    found.connect("host-3")
+    found.run(1)
+    assert (found.state, found.machine.number) == (State.RUNNING, 1)
+    assert not found.faults()
+
+
+def test_a_world_that_ends_well_before_it_is_found_ends_well():
+    _, found = taken_over(missing=("host-3",))
+    ended = {"said": "finished", "code": 0, "signal": None, "fenced": False}
+    for name in FOUR[:3]:
+        found.say(name, "worker_exit", epoch=1, **ended)
+    found.connect("host-3")
+    found.say("host-3", "worker_exit", epoch=1, **ended)
+    assert found.finish.code == 0
+
+
 def test_what_policy_remembers_outlives_the_coordinator():
     history = running()
     history.raise_in_worker("host-1", "ValueError", "bad data", step=20)

@@ -75,6 +75,10 @@ def hung(index, section="step", step=50):
     return WorkerHung(f"host-{index}", index, 1, section, step, 2.0, 1.0)
 
 
+def stopped(index, section):
+    return dataclasses.replace(hung(index, section), stopped=True)
+
+
 def lost(index):
     return HostLost(f"host-{index}", 1, 2.0)
 
@@ -129,7 +133,7 @@ ROWS = {
         ([raised(1, text="one"), raised(1, text="another")], Shrink),
     ],
     "killed": [([killed(1)], Retry), ([(killed(1), reset(0), hung(3))], Retry), ([killed(0), killed(1)], Retry)],
-    "hung": [([hung(1)], Retry), ([tuple(hung(i) for i in range(4))] * 2, Retry)],
+    "hung": [([hung(1)], Retry), ([stopped(1, "data")], Retry), ([tuple(hung(i) for i in range(4))] * 2, Retry)],
     "out of memory": [([killed(0, out_of_memory=True)], Retry), ([ended(0, 137, out_of_memory=True)], Retry)],
     "error": [([raised(0)], Retry), ([ended(0, 1)], Retry), ([raised(0), raised(1, text="another")], Retry)],
     "ended early": [([ended(0, 0)], Retry), ([ended(0, 75)], Retry)],
