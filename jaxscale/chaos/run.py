@@ -255,8 +255,8 @@ def _unexplained(cluster: RunningCluster, report: Report) -> Iterator[str]:
     if events and lines:
         report.ledger = account(events, lines, cluster.metrics())
         if report.ledger.accounted < ACCOUNTED:
-            lost, wall = report.ledger.unaccounted, report.ledger.wall
-            yield f"{lost:.2f} s of {wall:.1f} s are in no line and no state: {report.ledger.accounted:.2%} are explained"
+            lost, wall, share = report.ledger.unaccounted, report.ledger.wall, report.ledger.accounted
+            yield f"{lost:.2f} s of {wall:.1f} s are in no line and no state: {share:.2%} are explained"
 
 
 def _ended(recovery: Recovery) -> str:
