@@ -28,7 +28,7 @@ class Ledger:
     replayed: float
     """Steps whose work was lost, and trained again in a later epoch."""
     standing: float
-    """Start, detection, fencing, forming, restoring, the first step of an epoch, draining, the last save."""
+    """Start, detection, fencing, forming, restoring, the first step of an epoch, saves and evaluations, draining."""
     unaccounted: float
     effective: float
     """Of the time from the first line to the last, the share in which the committed history grew."""
@@ -54,7 +54,7 @@ def account(
     trained = [span for line, span in steps if (line["step"], line["epoch"]) in counts]
     replayed = [span for line, span in steps if (line["step"], line["epoch"]) not in counts]
     begin, end = min(e["time"] for e in events), max(e["time"] for e in events)
-    whole, standing = (begin, end), list(_standing(events, lines, begin, end))
+    whole, standing = (begin, end), [*_standing(events, lines, begin, end), *_pauses(lines)]
     in_trained = measure(trained, whole)
     in_steps = measure([*trained, *replayed], whole)
     in_all = measure([*trained, *replayed, *standing], whole)
@@ -76,6 +76,13 @@ def _steps(lines: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, An
     for before, line in itertools.pairwise(lines):
         if before["epoch"] == line["epoch"]:
             yield line, (line["time"] - line["step_seconds"], line["time"])
+
+
+def _pauses(lines: Sequence[Mapping[str, Any]]) -> Iterator[Span]:
+    """What a worker did before a step, as it says: saves, evaluations, compilations."""
+    for line in lines:
+        end = line["time"] - line["step_seconds"]
+        yield end - line["pause_seconds"], end
 
 
 def _standing(

@@ -129,8 +129,6 @@ def _summary(report: Any) -> str:
     size = "resized on the way" if report.resized else "the world kept its size"
     lines.append(f"losses: {size}, largest relative difference to the undisturbed run {report.largest_difference:.1e}")
     if report.ledger is not None:
-        shares = (
-            f"{report.ledger.effective:.1%} of it in training that counts, {report.ledger.accounted:.2%} accounted for"
-        )
-        lines.append(f"time: {report.ledger.wall:.0f} s, {shares}")
+        wall, effective = f"{report.ledger.wall:.0f} s", f"{report.ledger.effective:.1%}"
+        lines.append(f"time: {wall}, {effective} effective, {report.ledger.accounted:.2%} accounted for")
     return "\n".join([*lines, *(f"PROBLEM: {p}" for p in report.problems), "passed" if report.passed else "FAILED"])

@@ -22,7 +22,8 @@ EVALUATION = "eval_"
 
 RESERVED = frozenset(
     [
-        *("step", "epoch", "row", "rows", "loss", "grad_norm", "learning_rate", "tokens", "step_seconds", "time"),
+        *("step", "epoch", "row", "rows", "loss", "grad_norm", "learning_rate", "tokens", "step_seconds"),
+        *("pause_seconds", "time"),
         *("skipped", "spike", "noise_scale", "noise_trace", "signal", "part_square", "parts"),
         *("evaluation_unfinished", NONFINITE),
     ]
@@ -51,12 +52,18 @@ class Clock:
 
     def __init__(self) -> None:
         self._mark = time.monotonic()
+        self._pause = 0.0
 
     def restart(self) -> None:
-        """Forget the time since the last step: it went into a compilation, an evaluation or a save."""
-        self._mark = time.monotonic()
+        """The time since the last step is none of the next one: it went into a compilation, an evaluation or a save."""
+        self._pause += self._since()
 
-    def lap(self) -> float:
+    def lap(self) -> tuple[float, float]:
+        """Seconds of the step that ends now, and those between the step before and its begin."""
+        pause, self._pause = self._pause, 0.0
+        return self._since(), pause
+
+    def _since(self) -> float:
         now = time.monotonic()
         seconds, self._mark = now - self._mark, now
         return seconds
@@ -65,6 +72,7 @@ class Clock:
 def make_line(pending: Pending, epoch: int, clock: Clock, layer_stats_every: int) -> dict[str, Any]:
     """Waits for the step and returns its line. Floats are exact: float32 values written as Python floats."""
     values = jax.device_get(dict(pending.metrics))
+    seconds, pause = clock.lap()
     line: dict[str, Any] = {
         "step": pending.step,
         "epoch": epoch,
@@ -74,7 +82,8 @@ def make_line(pending: Pending, epoch: int, clock: Clock, layer_stats_every: int
         "grad_norm": float(values.pop("grad_norm")),
         "learning_rate": float(values.pop("learning_rate")),
         "tokens": int(values.pop("tokens")),
-        "step_seconds": clock.lap(),
+        "step_seconds": seconds,
+        "pause_seconds": pause,
         "time": time.time(),
         "skipped": int(values.pop("skipped")),
     }

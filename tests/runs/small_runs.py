@@ -37,7 +37,7 @@ EVERYTHING = (
     *("--data.held-out-documents", "1", "--evaluate.every", "4", "--evaluate.batches", "2"),
 )
 """What else a run can have that its state must remember."""
-CLOCKS = ("time", "step_seconds", "epoch")
+CLOCKS = ("time", "step_seconds", "pause_seconds", "epoch")
 """Fields of a metrics line that no rerun repeats."""
 
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from jaxscale.chaos.ledger import account, measure
 
 
-def line(step, epoch, time, seconds=1.0):
-    return {"step": step, "epoch": epoch, "time": time, "step_seconds": seconds}
+def line(step, epoch, time, seconds=1.0, pause=0.0):
+    return {"step": step, "epoch": epoch, "time": time, "step_seconds": seconds, "pause_seconds": pause}
 
 
 def state(to, time):
@@ -46,6 +46,13 @@ def test_a_gap_between_two_steps_is_no_step():
     lines = [line(1, 1, 5.0), line(2, 1, 7.0, seconds=0.5), line(3, 1, 8.0)]
     ledger = account([*START, state("DONE", 8.0)], lines, lines)
     assert (ledger.trained, ledger.unaccounted) == pytest.approx((1.5, 1.5))
+
+
+def test_unless_it_says_what_it_was():
+    lines = [line(1, 1, 5.0), line(2, 1, 7.0, seconds=0.5, pause=1.5), line(3, 1, 8.0)]
+    ledger = account([*START, state("DONE", 8.0)], lines, lines)
+    assert (ledger.trained, ledger.unaccounted, ledger.standing) == pytest.approx((1.5, 0.0, 6.5))
+    assert ledger.effective == pytest.approx(0.5)
 
 
 def test_an_undisturbed_run_is_effective():
