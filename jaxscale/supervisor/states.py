@@ -62,14 +62,15 @@ NEXT: Mapping[State, frozenset[State]] = types.MappingProxyType(
 DEADLINES: Mapping[State, float] = types.MappingProxyType(
     {
         State.FORMING: 20.0,
-        State.RESTORING: 60.0,
+        State.RESTORING: 1800.0,
         State.WARMING: 1800.0,
         State.FENCING: 5.0,
         State.DECIDING: 10.0,
         State.DRAINING: 120.0,
     }
 )
-"""Seconds. SUSPECT lasts as long as its window; WAITING and RUNNING as long as they must."""
+"""Seconds. SUSPECT lasts as long as its window; WAITING and RUNNING as long as they must. How long a worker may take to
+join, restore and compile is learned (`limits.py`), so the two deadlines for that are only for what nobody reports."""
 
 
 def check(before: State, after: State) -> None:

@@ -11,6 +11,9 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 
+PORT = 8476
+"""Of the coordinator: each namespace has all ports to itself."""
+
 
 class Network:
     """`count` namespaces on one bridge. `cut` and `heal` change who reaches whom."""
@@ -20,6 +23,7 @@ class Network:
         self._subnet = f"10.231.{number % 250}"
         self._bridge = f"jxb{number}"
         self.names = [f"jx{number}-{i}" for i in range(count)]
+        self.port = PORT
         self._cuts: list[tuple[int, int]] = []
 
     def address(self, index: int) -> str:
@@ -28,6 +32,19 @@ class Network:
     def inside(self, index: int) -> list[str]:
         """What to put before a command so that it runs in this namespace."""
         return ["ip", "netns", "exec", self.names[index]]
+
+    def way(self, index: int, target: str) -> str:
+        """At which address this host finds the target: there, as all do."""
+        assert index < len(self.names)
+        return target
+
+    def processes(self) -> set[int]:
+        """All that run in the namespaces."""
+        found: set[int] = set()
+        for name in self.names:
+            said = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)
+            found |= {int(word) for word in said.stdout.split()}
+        return found
 
     def make(self) -> None:
         _ip("link", "add", self._bridge, "type", "bridge")

@@ -1,7 +1,7 @@
-"""A supervised run whose hosts have networks of their own, started piece by piece as on a real cluster.
+"""A supervised run whose hosts can be cut off from one another, started piece by piece as on a real cluster.
 
-A coordinator and an agent per host, each by its own command in its host's namespace; the file system is shared, as a
-run directory is. Read next: `namespaces.py`, `cluster.py`.
+A coordinator and an agent per host, each by its own command, in its host's namespace or behind a proxy; the file system
+is shared, as a run directory is. Read next: `namespaces.py`, `cluster.py`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from pathlib import Path
 from jaxscale.supervisor.job_token import child_environment, new_token, write_token
 from jaxscale.testing.cluster import RunningCluster, left_behind
 from jaxscale.testing.namespaces import Network, network
+from jaxscale.testing.proxies import ProxiedNetwork, proxied
 
-PORT = 8476
 END_SECONDS = 20.0
 
 
 class SeparatedCluster(RunningCluster):
     """`process` is the first coordinator; the run is over when the agents are."""
 
-    def __init__(self, run: Path, output: Path, net: Network, shape: tuple[int, int]) -> None:
+    def __init__(self, run: Path, output: Path, net: Network | ProxiedNetwork, shape: tuple[int, int]) -> None:
         self.net, self._shape, self._agents = net, shape, {}
         self._folder = Path(tempfile.mkdtemp(prefix="jaxscale-separated-", dir="/dev/shm"))
         write_token(self._folder / "token", new_token())
@@ -45,7 +45,7 @@ class SeparatedCluster(RunningCluster):
     def start(self, recipe: Path, overrides: Sequence[object]) -> None:
         """The coordinator lives in the namespace of host-0."""
         slices, per_slice = self._shape
-        self._address = f"{self.net.address(0)}:{PORT}"
+        self._address = f"{self.net.address(0)}:{self.net.port}"
         shape = ("--slices", slices, "--hosts-per-slice", per_slice, "--devices-per-host", 1, "--run.dir", self.run)
         self.process = self._start(0, "coordinator", recipe, "--listen", self._address, *shape, *overrides)
         for index, host in enumerate(self.hosts):
@@ -53,7 +53,7 @@ class SeparatedCluster(RunningCluster):
 
     def start_agent(self, host: str, index: int) -> None:
         place = ("--slice", index // self._shape[1], "--devices", 1, "--listen", self.net.address(index))
-        where = ("--coordinator", self._address, "--shared-memory", self._folder)
+        where = ("--coordinator", self.net.way(index, self._address), "--shared-memory", self._folder)
         self._agents[host] = self._start(index, "agent", "--host", host, *place, *where)
 
     def ended(self) -> list[int | None]:
@@ -74,7 +74,7 @@ class SeparatedCluster(RunningCluster):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(END_SECONDS)
-        for pid in {*left_behind(self.run), *_inside(self.net)}:
+        for pid in {*left_behind(self.run), *self.net.processes()}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._stream.close()
@@ -97,23 +97,17 @@ class SeparatedCluster(RunningCluster):
 
 @contextlib.contextmanager
 def separated(
-    recipe: Path, run: Path, *overrides: object, shape: tuple[int, int] = (2, 2)
+    recipe: Path, run: Path, *overrides: object, shape: tuple[int, int] = (2, 2), by_proxy: bool = False
 ) -> Iterator[SeparatedCluster]:
-    """Starts slices x hosts in namespaces of their own and yields the cluster; nothing is left on the way out."""
+    """Starts slices x hosts in namespaces of their own and yields the cluster; nothing is left on the way out.
+
+    by_proxy: without namespaces, and with proxies on the ways to the coordinator alone.
+    """
     run.parent.mkdir(parents=True, exist_ok=True)
-    with network(shape[0] * shape[1]) as net:
+    with (proxied if by_proxy else network)(shape[0] * shape[1]) as net:
         cluster = SeparatedCluster(run, run.parent / f"{run.name}.out", net, shape)
         try:
             cluster.start(recipe, overrides)
             yield cluster
         finally:
             cluster.end()
-
-
-def _inside(net: Network) -> set[int]:
-    """Processes in the namespaces."""
-    found: set[int] = set()
-    for name in net.names:
-        said = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)
-        found |= {int(word) for word in said.stdout.split()}
-    return found

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxscale.chaos.faults import KINDS, flip
+from jaxscale.chaos.run import came_late
 from jaxscale.chaos.schedule import schedule
 from jaxscale.cli import main
 
@@ -34,6 +35,33 @@ def test_flip_changes_one_bit_behind_the_header(tmp_path):
     data = slot.read_bytes()
     assert sum(byte.bit_count() for byte in data) == 1
     assert not any(data[:4096])
+
+
+def fault(time, *evidence):
+    return {"kind": "fault", "time": time, "evidence": [{"kind": kind, "host": host} for kind, host in evidence]}
+
+
+def started(host, time):
+    return {"kind": "agent_started", "host": host, "time": time}
+
+
+LOST = ("host_lost", "host-1")
+
+
+@pytest.mark.parametrize(
+    ("since", "late"),
+    [
+        ([fault(3.0, LOST, ("worker_exit", "host-2")), started("host-1", 4.0)], True),
+        ([started("host-1", 2.0), fault(3.0, LOST)], False),  # it was there and was not heard
+        ([fault(3.0, LOST), started("host-2", 4.0)], False),
+        ([fault(3.0, LOST)], False),
+        ([fault(3.0, ("worker_exit", "host-1")), started("host-1", 4.0)], False),
+        ([fault(3.0, LOST), started("host-1", 4.0), fault(5.0, ("worker_exit", "host-2"))], False),
+        ([started("host-1", 4.0)], False),
+    ],
+)
+def test_only_an_agent_that_was_not_there_in_time_excuses_a_new_epoch(since, late):
+    assert came_late(since) is late
 
 
 @pytest.mark.parametrize(
