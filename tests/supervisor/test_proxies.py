@@ -108,7 +108,7 @@ def test_nobody_behind_it_is_the_end_of_the_connection():
 @pytest.mark.usefixtures("one_cache")
 def test_a_host_that_alone_loses_the_coordinator_is_done_without_and_comes_back(tmp_path):
     """It reaches the other hosts all the time, starts a coordinator of its own, and must not be elected."""
-    with separated(RECIPE, tmp_path / "run", *FLAGS, "--steps", 700, by_proxy=True) as cluster:
+    with separated(RECIPE, tmp_path / "run", *FLAGS, "--steps", 400, by_proxy=True) as cluster:
         cluster.wait_for_step(20)
         cluster.net.cut([3], [0, 1, 2])
         cluster.wait_for_step(40, epoch=2, seconds=60)
@@ -119,6 +119,6 @@ def test_a_host_that_alone_loses_the_coordinator_is_done_without_and_comes_back(
         cluster.wait_for(lambda: True if cluster.members() == 4 else None, "a world of 4", 90)
         assert cluster.finish() == 0
         lines = cluster.lines()
-        assert [line["step"] for line in cluster.metrics()] == list(range(1, 701))
+        assert [line["step"] for line in cluster.metrics()] == list(range(1, 401))
     epochs = [line["epoch"] for line in lines]
     assert epochs == sorted(epochs), "a world that was over went on writing"
