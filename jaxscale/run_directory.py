@@ -33,6 +33,9 @@ LOCK = ".lock"
 CONFIG = "config.json"
 LOGS = "logs"
 METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+WITNESS = "witness-"
+"""How the files of a supervised run's witness begin, which votes on who coordinates."""
 LOG_BYTES, LOG_FILES = 10_000_000, 5
 TAIL_BYTES = 1 << 20
 """How much of the end of a file is searched for the highest epoch: epochs grow along the file."""
@@ -67,7 +70,7 @@ class RunDirectory:
 
     @property
     def events(self) -> Path:
-        return self.path / "events.jsonl"
+        return self.path / EVENTS
 
     @property
     def checkpoints(self) -> Path:
@@ -106,7 +109,10 @@ class RunDirectory:
         self._events.append(lines.encode(line | fields))
 
     def close(self) -> None:
-        """Ends the logs and frees the lock. A directory that this process made and never began to use is deleted."""
+        """Ends the logs and frees the lock. A directory that this process made and never began to use is deleted.
+
+        Where a coordinator has written down how a start went, that is kept, with the logs beside it.
+        """
         logging.getLogger().removeHandler(self._log)
         with contextlib.suppress(OSError):  # a full disk: what it could not take of the log is lost
             self._log.close()
@@ -116,7 +122,7 @@ class RunDirectory:
         if self.is_unused and not self._world.is_writer:
             _delete_unused(self.path, f"*-{self._world.index}.log")
         if self._lock is not None:
-            if self.is_unused:
+            if self.is_unused and self._lock.is_alone():
                 (self.path / LOCK).unlink(missing_ok=True)
                 _delete_unused(self.path, "*")
             self._lock.free()
@@ -171,7 +177,7 @@ def _unusable(path: Path, error: OSError) -> RunDirectoryError:
 def highest_epoch(path: Path) -> int:
     """The highest epoch that metrics.jsonl and events.jsonl speak of; 0 for a new directory."""
     found = [0]
-    for name in (METRICS, "events.jsonl"):
+    for name in (METRICS, EVENTS):
         epochs = (line.get("epoch") for line in backwards(path / name, limit=TAIL_BYTES))
         found += [epoch for epoch in epochs if isinstance(epoch, int)]
     return max(found)
@@ -205,7 +211,9 @@ def _is_skeleton(path: Path) -> bool:
     """Whether this is what a start that was cut short leaves: nothing was trained, so nothing is lost or mixed up."""
     if path.name == METRICS:  # opened and never written to
         return path.is_file() and path.stat().st_size == 0
-    return path.name in (LOCK, LOGS, CONFIG + PARTIAL)
+    if path.name == EVENTS:  # a coordinator writes them from its start on, its workers once they have begun
+        return path.is_file() and all(line.get("source") == "coordinator" for line in backwards(path))
+    return path.name in (LOCK, LOGS, CONFIG + PARTIAL) or path.name.startswith(WITNESS)
 
 
 class _Lock:
@@ -252,6 +260,14 @@ class _Lock:
             self.free(unused=not (folder / CONFIG).exists())
             raise
 
+    def is_alone(self) -> bool:
+        """Whether no other coordinator of the job holds it too."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
     def free(self, *, unused: bool = False) -> None:
         """`unused`: nothing was trained here, so the file goes too, and the folder where this lock made it."""
         if unused:
@@ -288,11 +304,13 @@ def _delete_unused(path: Path, logs: str) -> None:
 
     Each process of a world deletes its own logs, and the last one the folders.
     """
+    if (path / EVENTS).exists():
+        return
     for log in (path / LOGS).glob(logs):
         log.unlink(missing_ok=True)
-    for name in (METRICS, CONFIG + PARTIAL):  # of a start that was cut short before
-        if _is_skeleton(path / name):
-            (path / name).unlink(missing_ok=True)
+    for old in (path / METRICS, path / (CONFIG + PARTIAL), *path.glob(f"{WITNESS}*")):  # of a start that was cut short
+        if _is_skeleton(old):
+            old.unlink(missing_ok=True)
     for folder in (path / LOGS, path):
         try:
             folder.rmdir()

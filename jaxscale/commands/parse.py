@@ -93,7 +93,10 @@ def _unknown(argument: str, known: list[str], prog: str) -> UsageError:
     ending = flag.lstrip("-").rpartition(".")[2]
     same_ending = [name for name in known if name.rpartition(".")[2].lstrip("-") == ending]
     synonym = [name for name in SYNONYMS.get(ending, ()) if name in known]
-    nearest = same_ending[:1] or synonym or difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
+    # Or they type the first word of several: the shortest flag that begins with it.
+    longer = sorted((name for name in known if name.startswith(f"{flag}-")), key=len)
+    near = same_ending[:1] or synonym or longer[:1]
+    nearest = near or difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]}?" if nearest else "nothing comes near it;"
     return UsageError(f"unknown flag {flag}; {hint} `{prog} --help` lists all flags")
 

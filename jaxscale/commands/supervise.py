@@ -36,9 +36,12 @@ class CoordinatorCommand:
     job: str = "job"
     """Name of the job; agents of other jobs are refused."""
     slices: int = 1
+    """Groups of hosts that fail together; the mesh axis `data` runs across them."""
     hosts_per_slice: int = 2
     devices_per_host: int = 1
+    """Devices of each host: as many real ones as it has, or as many as its agent emulates with --devices."""
     spares: int = 0
+    """Hosts that wait to stand in for one that is lost; their agents have --slice -1."""
     invite: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Address of an agent that may not know of this coordinator; an agent that starts one gives those of all."""
     elected_within: float = 0.0
@@ -60,7 +63,7 @@ class AgentCommand:
     slice: int = 0
     """Slice that it belongs to; -1 = a spare for any."""
     devices: int = 0
-    """CPU devices to emulate; 0 = the real ones."""
+    """CPU devices to emulate, as many as the coordinator's --devices-per-host; 0 = the real ones."""
     job: str = "job"
     shared_memory: str = "/dev/shm/jaxscale"
     """Folder in shared memory; the agent makes one of its own below it."""
@@ -85,18 +88,24 @@ PLACE = ("--listen", "--invite", "--elected-within")
 
 COORDINATOR_EXAMPLES = """\
   for 2 slices of 4 hosts, listening on a known port:
-    {prog} recipes/lm_8b.py --listen 0.0.0.0:8476 --job mine --slices 2 --hosts-per-slice 4
+    {prog} --listen 0.0.0.0:8476 --job mine --slices 2 --hosts-per-slice 4
 The token is read from the file that JAXSCALE_TOKEN_FILE names (mode 0600, the same on every host)."""
 
 AGENT_EXAMPLES = """\
-  on the second host of slice 0:
+  on the second host of slice 0, with its real devices:
     jaxscale agent --coordinator 10.0.0.1:8476 --job mine --host host-1 --slice 0
+  with 2 emulated devices, for a coordinator with --devices-per-host 2:
+    jaxscale agent --coordinator 10.0.0.1:8476 --job mine --host host-1 --slice 0 --devices 2
 The token is read from the file that JAXSCALE_TOKEN_FILE names (mode 0600, the same on every host)."""
 
 
 def run_coordinator(args: Sequence[str], prog: str | None = None) -> int:
     """Coordinates a run to its end and returns its exit code."""
     if not args or args[0].startswith("-"):
+        if args and args[0] in ("-h", "--help"):
+            print("usage: jaxscale coordinator RECIPE.py [--listen HOST:PORT] [--slices N] [overrides]\n")
+            print("`jaxscale coordinator RECIPE.py --help` shows the flags of a recipe, their defaults and examples.")
+            raise SystemExit(0)
         raise UsageError("coordinator needs a recipe first: jaxscale coordinator recipes/lm_nano.py --listen HOST:PORT")
     recipe = load_recipe(args[0])
     prog = prog or f"jaxscale coordinator {args[0]}"
@@ -108,6 +117,7 @@ def run_coordinator(args: Sequence[str], prog: str | None = None) -> int:
         examples=COORDINATOR_EXAMPLES.format(prog=prog),
         default=CoordinatorCommand(recipe.config),
     )
+    _check_ranges(command, slices=1, hosts_per_slice=1, devices_per_host=1, spares=0, elected_within=0)
     launch.check_packages()
     quiet_terminal()
     from jaxscale.run_directory import open_run
@@ -115,7 +125,7 @@ def run_coordinator(args: Sequence[str], prog: str | None = None) -> int:
     from jaxscale.supervisor.job_token import read_token
     from jaxscale.supervisor.judge import TableJudge
     from jaxscale.supervisor.legal import LegalMeshes
-    from jaxscale.supervisor.rpc import CannotListen
+    from jaxscale.supervisor.rpc import CannotListen, check_free
     from jaxscale.supervisor.sizes import resolved_sizes
     from jaxscale.supervisor.worlds import Request, layouts
 
@@ -137,23 +147,35 @@ def run_coordinator(args: Sequence[str], prog: str | None = None) -> int:
         invite=command.invite,
         elected_within=command.elected_within or float("inf"),
         tls=_tls(command),
-    )
-    directory = open_run(
-        dataclasses.replace(command.config, mesh=MeshConfig(**sizes)), job=f"{command.job} {token.digest}"
+        request=request,
     )
     try:
-        judge = TableJudge(request, command.config.memory.on_loss, command.devices_per_host > 0)
-        legal.ask(str(recipe.path), options.arguments, layouts(request))
-        return asyncio.run(_coordinate(Coordinator(options, command.config, judge, directory)))
+        check_free(command.listen)  # before anything is made or asked that would be in vain
+        directory = open_run(
+            dataclasses.replace(command.config, mesh=MeshConfig(**sizes)), job=f"{command.job} {token.digest}"
+        )
+        try:
+            judge = TableJudge(request, command.config.memory.on_loss, legal)
+            coordinator = Coordinator(options, command.config, judge, directory)
+            legal.ask(str(recipe.path), options.arguments, layouts(request), coordinator.not_audited)
+            return asyncio.run(_coordinate(coordinator))
+        finally:
+            directory.close()
     except CannotListen as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    finally:
-        directory.close()
+
+
+def _check_ranges(command: CoordinatorCommand | AgentCommand, **least: int) -> None:
+    """Raises UsageError for a number that is too small."""
+    for name, number in least.items():
+        if getattr(command, name) < number:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(command, name)}; use {number} or more")
 
 
 async def _coordinate(coordinator: object) -> int:
     from jaxscale.supervisor.coordinator import Coordinator
+    from jaxscale.supervisor.transitions import REFUSED
 
     assert isinstance(coordinator, Coordinator)
     loop = asyncio.get_running_loop()
@@ -161,7 +183,7 @@ async def _coordinate(coordinator: object) -> int:
         loop.add_signal_handler(number, coordinator.drain, number.name)
     finish = await coordinator.run()
     if finish.text:
-        print(finish.text, file=sys.stderr)
+        print(f"error: {finish.text}" if finish.code == REFUSED else finish.text, file=sys.stderr)
     return finish.code
 
 
@@ -174,12 +196,14 @@ def run_agent(args: Sequence[str], prog: str | None = None) -> int:
         description="Serves one host of a supervised run: starts its workers, keeps their memory.",
         examples=AGENT_EXAMPLES,
     )
+    _check_ranges(command, slice=-1, devices=0, takeover_after=0)
     launch.check_packages()
     quiet_terminal()
     from jaxscale.supervisor.agent import Agent, AgentOptions
     from jaxscale.supervisor.job_token import read_token
     from jaxscale.supervisor.maintenance import Maintenance
 
+    _check_agent(command)
     options = AgentOptions(
         job=command.job,
         host=command.host,
@@ -194,13 +218,39 @@ def run_agent(args: Sequence[str], prog: str | None = None) -> int:
         tls=_tls(command),
     )
 
-    if command.listen in ("0.0.0.0", "::", ""):
-        raise UsageError(f"--listen {command.listen!r} is no address that others can use; give this host's own")
-
     async def serve() -> int:
         return await Agent(options).run()
 
     return asyncio.run(serve())
+
+
+def _check_agent(command: AgentCommand) -> None:
+    """Raises UsageError for what cannot work, before anything is touched."""
+    from jaxscale.supervisor.link import checked_address
+    from jaxscale.supervisor.maintenance import check_command
+    from jaxscale.supervisor.peer_server import CannotListen, check_own
+    from jaxscale.supervisor.peers import Refused
+    from jaxscale.supervisor.slot_files import check_host
+
+    try:
+        check_host(command.host)
+    except Refused as error:
+        raise UsageError(f"--host {error}; give the host's own name, as in --host host-0") from error
+    try:
+        checked_address(command.coordinator)
+    except ValueError as error:
+        raise UsageError(f"--coordinator: {error}; give the one that the coordinator listens on") from error
+    if command.listen in ("0.0.0.0", "::", ""):
+        raise UsageError(f"--listen {command.listen!r} is no address that others can use; give this host's own")
+    try:
+        check_own(command.listen)
+    except CannotListen as error:
+        raise UsageError(f"--listen {command.listen}: {error}") from error
+    if command.maintenance_command:
+        try:
+            check_command(command.maintenance_command)
+        except ValueError as error:
+            raise UsageError(f"--maintenance-command {error}") from error
 
 
 def _tls(command: CoordinatorCommand | AgentCommand) -> Tls | None:

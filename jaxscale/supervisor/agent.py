@@ -11,8 +11,8 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 import signal
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +20,12 @@ from typing import Any
 
 from jaxscale.cache import cache_folder
 from jaxscale.checkpoint.slot import verify
-from jaxscale.supervisor.children import Child, Exit, Zygote, ZygoteFailed, become_subreaper
+from jaxscale.supervisor.children import Child, Exit, ZygoteFailed, become_subreaper
 from jaxscale.supervisor.copier import Copier, Sealed
 from jaxscale.supervisor.copies import CopyStore
+from jaxscale.supervisor.departure import Departure
 from jaxscale.supervisor.estate import Estate, Heir, heir_of, read_estate
+from jaxscale.supervisor.host_folder import HostFolder
 from jaxscale.supervisor.inventory import COPIES, OWN, scan
 from jaxscale.supervisor.job_token import Token
 from jaxscale.supervisor.jobs import WorkerJob
@@ -31,12 +33,13 @@ from jaxscale.supervisor.link import Link, LinkOptions
 from jaxscale.supervisor.mailbox import Letters
 from jaxscale.supervisor.maintenance import Maintenance, notice
 from jaxscale.supervisor.peer_server import PeerServer
-from jaxscale.supervisor.records import MAILBOX, MAILBOX_VARIABLE, VERDICTS, VerdictRecord, Verdicts
+from jaxscale.supervisor.records import VERDICTS, VerdictRecord, Verdicts
 from jaxscale.supervisor.retry import Change
 from jaxscale.supervisor.rpc import VERSION, Tls
 from jaxscale.supervisor.voter import host_voter
 from jaxscale.supervisor.worker_view import WorkerView
 from jaxscale.supervisor.zygote import ForkError
+from jaxscale.supervisor.zygote_keeper import ZygoteKeeper
 from jaxscale.train.protocols import ExitReason
 
 STOP_SIGNALS = {"drain": signal.SIGINT, "handover": signal.SIGUSR2}
@@ -76,7 +79,7 @@ class Agent:
     def __init__(self, options: AgentOptions) -> None:
         self._options = options
         self.folder = options.shared_memory / options.host
-        self._zygote: Zygote | None = None
+        self._keeper = ZygoteKeeper(self.folder, options.devices, self._say, self._preempted)
         self._worker: Child | None = None
         self._service: Child | None = None
         self._children: set[Child] = set()
@@ -86,24 +89,32 @@ class Agent:
         self._last_words: dict[int, dict[str, Any]] = {}
         self._order: Mapping[str, Any] | None = None
         """What the worker was started with, for a coordinator that was started again."""
-        self._is_leaving = False
+        self._departure = Departure()
         self._over = asyncio.Event()
-        self._exit_code = 1
+        self._exit_code, self._is_alone = 1, False
         self._run: Mapping[str, Any] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> int:
-        """Serves until the coordinator says that it is over; returns the exit code. Leaves no process and no file."""
+        """Serves until the coordinator says that it is over; returns the exit code. Leaves no process and no file.
+
+        Raises HostFolderError where the host's folder cannot be this agent's, and OSError for an address that cannot.
+        """
         become_subreaper()
         self._loop = asyncio.get_running_loop()
-        self._prepare()
-        self._inherit()
         options = self._options
-        link = LinkOptions(options.coordinator, options.listen, options.token, options.tls, options.takeover_after)
-        self._link = Link(link, host_voter(self.folder, options.host), self._hello, self._obey, self._turned_away)
-        await self._link.start()
-        self._loop.add_signal_handler(signal.SIGTERM, self._preempted, "SIGTERM")
-        works = (self._link.stay_connected, self._link.take_over, self._heartbeat, self._mail)
+        self._place = HostFolder(options.shared_memory, options.host, options.job)
+        try:
+            self._prepare()
+            self._inherit()
+            link = LinkOptions(options.coordinator, options.listen, options.token, options.tls, options.takeover_after)
+            self._link = Link(link, host_voter(self.folder, options.host), self._hello, self._obey, self._turned_away)
+            await self._link.start()
+        except BaseException:
+            if self._place.is_new:
+                self._place.remove()
+            raise
+        self._loop.add_signal_handler(signal.SIGTERM, self._terminated)
+        works = (self._link.stay_connected, self._link.take_over, self._link.tell_silence, self._heartbeat, self._mail)
         tasks = [asyncio.create_task(work()) for work in works]
         tasks.append(asyncio.create_task(notice(options.maintenance, self._preempted)))
         try:
@@ -119,7 +130,6 @@ class Agent:
         return self._exit_code
 
     def _prepare(self) -> None:
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name in (OWN, COPIES):
             (self.folder / name).mkdir(mode=0o700, exist_ok=True)
         self._view = WorkerView(self.folder)
@@ -166,7 +176,7 @@ class Agent:
     # Coordinator
 
     def _hello(self) -> dict[str, Any]:
-        o, worker = self._options, self._worker
+        o = self._options
         return {
             "kind": "hello",
             "version": VERSION,
@@ -181,9 +191,9 @@ class Agent:
             "fenced": self._fenced,
             "committed": self._verdicts.read().committed,
             "copies": scan(self.folder, o.job),
-            "work": self._order if worker is not None and worker.exit is None else None,
-            "ready": self._zygote is not None and self._zygote.ready,
-            "leaving": self._is_leaving,
+            "work": self._order if self._has_worker() else None,
+            "ready": self._keeper.ready,
+            "leaving": self._departure.is_leaving,
         }
 
     def _say(self, kind: str, **fields: Any) -> None:
@@ -192,15 +202,31 @@ class Agent:
 
     def _preempted(self, why: str) -> None:
         """This host is to end. Where no coordinator hears of it now, the next hello says so."""
-        self._is_leaving = True
+        self._departure.notice(time.monotonic())
         self._say("preempted", why=why)
+
+    def _terminated(self) -> None:
+        """SIGTERM to this very process: somebody may stand there and wait."""
+        if notice := self._departure.signal(time.monotonic(), self._link.is_alone, self._has_worker()):
+            logger.warning("%s: %s", self._options.host, notice)
+        self._preempted("SIGTERM")
+        self._leave_if_alone()
+
+    def _has_worker(self) -> bool:
+        return self._worker is not None and self._worker.exit is None
+
+    def _leave_if_alone(self) -> None:
+        why = self._departure.reason(time.monotonic(), self._link.silence, self._has_worker())
+        if why and not self._over.is_set():
+            logger.warning("%s leaves the run: %s", self._options.host, why)
+            self._exit_code, self._is_alone = ExitReason.STOPPED.value, True
+            self._over.set()
 
     async def _obey(self, message: dict[str, Any]) -> None:
         match message["do"]:
             case "welcome":
                 self._run = message
-                if self._zygote is None:
-                    self._spawn(self._start_zygote())
+                self._keeper.start(message)
             case "serve":
                 await self._serve(message)
             case "work":
@@ -221,25 +247,11 @@ class Agent:
 
     # Children
 
-    async def _start_zygote(self) -> None:
-        log = Path(self._run["run"]) / "logs" / f"{self._options.host}.out"
-        emulated = {"JAX_PLATFORMS": "cpu"} if self._options.devices else {}
-        environment = {MAILBOX_VARIABLE: str(self.folder / MAILBOX), **emulated}
-        zygote = Zygote([self._run["recipe"], *self._run["arguments"]], log, environment)
-        self._zygote = zygote
-        try:
-            await zygote.start()
-        except ZygoteFailed as error:
-            zygote.close()
-            self._say("zygote_failed", text=str(error))
-            return
-        self._say("ready", pid=zygote.pid)
-
     async def _serve(self, message: Mapping[str, Any]) -> None:
         epoch = message["epoch"]
         try:
             request = {"do": "service", "processes": message["processes"], "host": self._options.listen}
-            said = await self._forked(request)
+            said = await self._keeper.request(request)
             self._service = self._adopt(said["pid"], epoch)
             self._keep()
         except (ForkError, ZygoteFailed, OSError) as error:
@@ -269,7 +281,7 @@ class Agent:
         job.write(path)
         self._view.begin()
         try:
-            said = await self._forked({"do": "worker", "job": str(path)})
+            said = await self._keeper.request({"do": "worker", "job": str(path)})
             self._worker = self._adopt(said["pid"], epoch)
             self._order = {**message, "choice": None}
             self._keep()
@@ -277,11 +289,6 @@ class Agent:
             self._say("started", epoch=epoch, error=str(error))
             return
         self._say("started", epoch=epoch, pid=said["pid"])
-
-    async def _forked(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        if self._zygote is None or not self._zygote.ready:
-            raise ZygoteFailed("the zygote is not ready yet")
-        return await self._zygote.request(request)
 
     def _adopt(self, pid: int, epoch: int) -> Child:
         child = Child(pid, epoch, self._child_ended)
@@ -349,9 +356,7 @@ class Agent:
 
     async def _heartbeat(self) -> None:
         while True:
-            if self._zygote is not None and self._zygote.has_died():
-                self._say("unready")
-                self._spawn(self._start_zygote())
+            self._leave_if_alone()
             self._say("heartbeat", **self._view.heartbeat(self._worker))
             if min(self._link.unled, self._view.stuck_seconds(self._worker)) > ALONE_SECONDS:
                 assert self._worker is not None
@@ -378,23 +383,17 @@ class Agent:
 
     # The end
 
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     async def _end(self) -> None:
         for child in list(self._children):
             child.kill()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.gather(*(child.wait() for child in list(self._children))), 5)
-        if self._zygote is not None:
-            self._zygote.close()
+        await self._keeper.close()
         if self._copier is not None:
             self._copier.stop()
         self._server.close()
-        await self._link.close()
+        await self._link.close(waits=not self._is_alone)
         self._mailbox.close()
         self._view.close()
         self._verdicts.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._place.remove()

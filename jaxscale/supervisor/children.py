@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +27,17 @@ from jaxscale.supervisor.zygote import MESSAGE_BYTES, ForkError
 PR_SET_CHILD_SUBREAPER = 36
 PF_EXITING = 0x4
 FORK_SECONDS = 10.0
+END_SECONDS = 1.0
+"""A process that has closed its socket is gone by then, and how it ended is known."""
 IMPORT_SECONDS = 120.0
 
 
 class ZygoteFailed(RuntimeError):
     """The zygote could not import the recipe, or died. The message has its own words."""
+
+
+class ZygoteDied(ZygoteFailed):
+    """It ended or fell silent without a word of its own: killed, or out of time. Another one may well succeed."""
 
 
 @dataclass(frozen=True)
@@ -124,23 +131,51 @@ class Zygote:
         self._socket: socket.socket | None = None
         self._lock = asyncio.Lock()
         self.ready = False
-        self._served = False
-        """It was ready once, and `has_died` has not said that it ended."""
+        self._imports = False
+        """`start` waits for it."""
+        self._is_closed = False
+        self._was_told = False
+        self._exit: Exit | None = None
+        """How it ended, where that was not by `close`."""
 
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None else None
 
+    @property
+    def exit(self) -> Exit | None:
+        """How it ended by itself or by somebody else; None while it runs, and where `close` ended it."""
+        if self._exit is None and not self._is_closed and self._process is not None:
+            code = self._process.poll()
+            if code is not None:
+                self._exit = Exit(code, None) if code >= 0 else Exit(None, -code)
+        return self._exit
+
     def has_died(self) -> bool:
-        """Whether it was ready once and has ended, or stopped answering, since. Says so once."""
-        if not self._served or self._process is None or (self.ready and self._process.poll() is None):
+        """Whether it has ended, or stopped answering, before or after it was ready. Says so once, and closes it."""
+        is_well = self.exit is None and (self.ready or self._imports)
+        if self._process is None or self._was_told or is_well:
             return False
+        self._was_told = True
         self.close()
         return True
 
     async def start(self) -> None:
-        """Returns when it has imported everything. Raises ZygoteFailed with its words."""
+        """Returns when it has imported everything.
+
+        Raises ZygoteFailed with its words where it raised, ZygoteDied where it ended without any, and OSError where
+        there is no process to be had.
+        """
+        self._imports = True
+        try:
+            await self._start()
+        finally:
+            self._imports = False
+
+    async def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        self._socket = ours
         # One thread of OpenBLAS: a process with more cannot fork safely.
         variables = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", **self._environment}
         self._log.parent.mkdir(parents=True, exist_ok=True)
@@ -154,15 +189,25 @@ class Zygote:
                 env=variables,
                 pass_fds=[theirs.fileno()],
             )
-        ours.setblocking(False)
-        self._socket = ours
-        said = await self._receive(IMPORT_SECONDS)
+        try:
+            said = await self._receive(IMPORT_SECONDS)
+        except ZygoteDied as error:
+            raise ZygoteDied(await self._last_words(str(error))) from error
         if "ready" not in said:
             raise ZygoteFailed(said.get("traceback") or said.get("error") or f"it ended; its words are in {self._log}")
-        self.ready = self._served = True
+        self.ready = True
+
+    async def _last_words(self, otherwise: str) -> str:
+        """How it ended while it imported; `otherwise` where it still runs."""
+        deadline = time.monotonic() + END_SECONDS
+        while self.exit is None and self._socket is not None and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        if self.exit is None:
+            return otherwise
+        return f"the zygote was still importing: {self.exit}; what it printed is in {self._log}"
 
     async def request(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Its answer. Raises ForkError where it refuses and ZygoteFailed where it is gone."""
+        """Its answer. Raises ForkError where it refuses and ZygoteFailed where it is not there."""
         async with self._lock:
             if not self.ready or self._socket is None:
                 raise ZygoteFailed("the zygote is not ready")
@@ -171,7 +216,7 @@ class Zygote:
                 await loop.sock_sendall(self._socket, json.dumps(message).encode())
             except OSError as error:
                 self.ready = False
-                raise ZygoteFailed(f"the zygote is gone ({error})") from error
+                raise ZygoteDied(f"the zygote is gone ({error})") from error
             said = await self._receive(FORK_SECONDS)
         if "error" in said:
             raise ForkError(said["error"])
@@ -179,7 +224,9 @@ class Zygote:
 
     def close(self) -> None:
         """Ends the zygote; what it forked lives on."""
-        self.ready = self._served = False
+        self.ready = False
+        if self.exit is None:
+            self._is_closed = True  # from here on its end is ours
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -195,12 +242,12 @@ class Zygote:
             data = await asyncio.wait_for(loop.sock_recv(self._socket, MESSAGE_BYTES), seconds)
         except TimeoutError as error:
             self.ready = False
-            raise ZygoteFailed(f"the zygote did not answer in {seconds:g} s") from error
+            raise ZygoteDied(f"the zygote did not answer in {seconds:g} s") from error
         except OSError as error:
             self.ready = False
-            raise ZygoteFailed(f"the zygote is gone ({error})") from error
+            raise ZygoteDied(f"the zygote is gone ({error})") from error
         if not data:
             self.ready = False
-            raise ZygoteFailed(f"the zygote ended; its words are in {self._log}")
+            raise ZygoteDied(f"the zygote ended; its words are in {self._log}")
         message: dict[str, Any] = json.loads(data)
         return message

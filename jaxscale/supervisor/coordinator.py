@@ -25,16 +25,20 @@ from jaxscale.checkpoint.cover import Damaged
 from jaxscale.config import Config
 from jaxscale.run_directory import RunDirectory
 from jaxscale.supervisor import rpc
+from jaxscale.supervisor.admission import check_shape, read_hello
 from jaxscale.supervisor.ballot import WITNESS, Ballot, host_of
 from jaxscale.supervisor.facts import Action, Finish, Host, Hosts, Judge, Note, Settings, Start, Tell
 from jaxscale.supervisor.inventory import best_choice
 from jaxscale.supervisor.job_token import Token
+from jaxscale.supervisor.journal import Journal
 from jaxscale.supervisor.machine import Machine
 from jaxscale.supervisor.quorum import Acceptor, AskAccept, QuorumError, Term
-from jaxscale.supervisor.rpc import VERSION, Message, NameTaken, Refused, Server, Tls
+from jaxscale.supervisor.refusals import Refusals
+from jaxscale.supervisor.rpc import Message, NameTaken, Refused, Server, Tls
 from jaxscale.supervisor.states import DEPOSED
-from jaxscale.supervisor.takeover import find_epoch
-from jaxscale.supervisor.voter import Voter, ask_to_json, reply_from_json
+from jaxscale.supervisor.voter import ask_to_json, reply_from_json
+from jaxscale.supervisor.witness import Witness
+from jaxscale.supervisor.worlds import Request
 
 TICK_SECONDS = 0.05
 BEAT_SECONDS = 0.5
@@ -68,6 +72,8 @@ class CoordinatorOptions:
     elected_within: float = float("inf")
     """Seconds after which it gives up if no majority has promised."""
     tls: Tls | None = None
+    request: Request | None = None
+    """The world that is asked for; agents that have no place in it are refused."""
 
 
 class Coordinator:
@@ -82,10 +88,7 @@ class Coordinator:
         self.machine = Machine(settings, judge, self._source, directory.epoch - 1, time.monotonic())
         self._began = time.monotonic()
         self._ballot: Ballot[Action] = Ballot(f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
-        for old in set(directory.path.glob("witness-*")) - set(directory.path.glob(f"witness-{options.job}.json*")):
-            old.unlink(missing_ok=True)  # of a job that is over: this one holds the directory's lock
-        self._witness = Voter(directory.path / f"witness-{options.job}.json", WITNESS)
-        self._ballot.meet(self._witness.acceptor)
+        self._journal, self._refusals = Journal(directory), Refusals()
         self._backlog: list[tuple[Callable[[], None], list[Exception]]] | None = []
         """What was heard before the election, and where errors of it go; None once it is won."""
         self._asked: dict[tuple[str, Term, int], float] = {}
@@ -102,9 +105,20 @@ class Coordinator:
     async def run(self) -> Finish:
         """Serves until the run is over. Raises OSError where it cannot listen."""
         server = Server(self._options.token, self._session, self._ask, self._refused, self._options.tls)
-        address = self._address = await server.start(self._options.listen)
-        fields = {"pid": os.getpid(), "host": socket.gethostname(), "address": address}
-        self._directory.event("coordinator_started", source="coordinator", **fields)
+        self._address = server.bind(self._options.listen)
+        try:
+            # Only now: a coordinator that cannot listen leaves nothing behind.
+            self._witness = Witness(self._directory.path, self._options.job)
+            self._ballot.meet(self._witness.acceptor)
+            fields = {"pid": os.getpid(), "host": socket.gethostname(), "address": self._address}
+            self._journal.event("coordinator_started", **fields)
+            await server.serve()
+            return await self._lead()
+        finally:
+            await server.stop()
+            self._journal.retry(at_once=True)
+
+    async def _lead(self) -> Finish:
         ticking = asyncio.create_task(self._tick())
         try:
             over = asyncio.create_task(self._over.wait())
@@ -114,12 +128,14 @@ class Coordinator:
             assert self._finish is not None
             if self._finish.code != DEPOSED:
                 await self._farewell()
-                for mine in self._directory.path.glob(f"witness-{self._options.job}.json*"):
-                    mine.unlink(missing_ok=True)
+                self._witness.delete()
         finally:
             ticking.cancel()
-            await server.stop()
         return self._finish
+
+    def not_audited(self, why: str) -> None:
+        """Nobody can say on which meshes the model fits. May be called from any thread, at any time."""
+        self._journal.post("alarm", what="no audit", detail=why)
 
     def drain(self, reason: str) -> None:
         """Asks the run to stop; called from the event loop."""
@@ -136,9 +152,12 @@ class Coordinator:
             self._perform()
             if now - self._beaten >= BEAT_SECONDS:
                 self._beaten = now
-                for queue in self._sends.values():
-                    queue.put_nowait({"do": "beat", "leads": self._backlog is None and not self._is_told})
+                for orders in self._sends.values():
+                    orders.put_nowait({"do": "beat", "leads": self._backlog is None and not self._is_told})
             self._check_votes(now)
+            self._journal.retry()
+            for line in self._refusals.due(now):
+                self._alarm("connection refused", line)
             if now - self._invited >= AGAIN_SECONDS:
                 self._invited = now
                 self._invite()
@@ -161,7 +180,9 @@ class Coordinator:
             asks = self._ballot.asks()
             if (ask := asks.get(WITNESS)) is None:
                 break
-            reply = self._witness.answer(ask)
+            could, reply = self._witness.answer(ask)
+            if not could:
+                break
             if reply is None or not self._ballot.heard(reply):
                 self._depose("the witness serves another one")
                 return
@@ -178,21 +199,20 @@ class Coordinator:
         if not self._ballot.asks():
             self._unanswered_since, self._is_told = now, False
             return
-        if self._ballot.is_succeeded(self._witness.look().vote):
+        if self._ballot.is_succeeded(self._witness.vote()):
             self._depose("the witness has accepted a decision of another one")
             return
         waited, who = now - self._unanswered_since, ", ".join(self._ballot.missing)
         if waited > ALARM_SECONDS and not self._is_told:
             self._is_told = True
-            fields = {"what": "no majority", "detail": f"nothing can be decided without an answer of {who}"}
-            self._directory.event("alarm", source="coordinator", **fields)
+            self._alarm("no majority", f"nothing can be decided without an answer of {who}")
         if waited > FAREWELL_SECONDS and (self.machine.drain_reason or self._wants_end):
             self._finish = Finish(1, f"stopped, but no majority of the hosts could be told: {who} do not answer")
             self._over.set()
 
     def _elected(self, now: float) -> None:
         fields = {"term": list(self._ballot.term), "seconds": round(now - self._began, 3)}
-        self._directory.event("elected", source="coordinator", **fields)
+        self._journal.event("elected", **fields)
         if self._ballot.value:
             self.machine.take_over(self._ballot.value, now)
         backlog, self._backlog = self._backlog or [], None
@@ -244,7 +264,7 @@ class Coordinator:
                         self._sends[action.host].put_nowait(action.message)
                 case Note():
                     self._directory.epoch = max(1, self.machine.number)
-                    self._directory.event(action.kind, source="coordinator", **action.fields)
+                    self._journal.event(action.kind, **action.fields)
                 case Finish():
                     self._finish = action
                     self._over.set()
@@ -261,11 +281,11 @@ class Coordinator:
         if hello is None:
             return
         host, acceptor = self._admit(hello)
-        queue: asyncio.Queue[Mapping[str, Any]] = asyncio.Queue()
-        self._sends[host.name] = queue
+        orders: asyncio.Queue[Mapping[str, Any]] = asyncio.Queue()
+        self._sends[host.name] = orders
         self._voters[host.name] = acceptor.voter
         self._asked.clear()  # what was asked over another connection may not have arrived
-        queue.put_nowait(
+        orders.put_nowait(
             {
                 "do": "welcome",
                 "recipe": self._options.recipe,
@@ -275,13 +295,13 @@ class Coordinator:
                 "command": list(self._options.command),
             }
         )
-        writing = asyncio.create_task(self._write(queue, send))
+        writing = asyncio.create_task(self._write(orders, send))
         errors: list[Exception] = []
         try:
             self._ballot.meet(acceptor)
             self._hear(lambda: self.machine.hello(host, time.monotonic()), errors)
             fields = {"pid": host.pid, "host": host.name, "slice": host.slice}
-            self._directory.event("agent_started", source="coordinator", **fields)
+            self._journal.event("agent_started", **fields)
             async for message in incoming:
                 if errors:
                     raise errors[0]
@@ -291,7 +311,7 @@ class Coordinator:
                     self._hear(functools.partial(self._tell, host.name, message), errors)
         finally:
             writing.cancel()
-            if self._sends.get(host.name) is queue:
+            if self._sends.get(host.name) is orders:
                 del self._sends[host.name], self._voters[host.name]
                 self._hear(lambda: self.machine.disconnected(host.name, time.monotonic()), errors)
 
@@ -308,37 +328,19 @@ class Coordinator:
         else:
             self._depose(f"{message['voter']} serves another one")
 
-    async def _write(self, queue: asyncio.Queue[Mapping[str, Any]], send: Callable[[Message], Awaitable[None]]) -> None:
+    async def _write(
+        self, orders: asyncio.Queue[Mapping[str, Any]], send: Callable[[Message], Awaitable[None]]
+    ) -> None:
         while True:
-            await send({"term": list(self._ballot.term), **await queue.get()})
+            await send({"term": list(self._ballot.term), **await orders.get()})
 
     def _admit(self, hello: Message) -> tuple[Host, Acceptor]:
         """Raises Refused for an agent that cannot take part."""
-        try:
-            version, job = hello["version"], hello["job"]
-            host = Host(
-                name=str(hello["host"]),
-                slice=int(hello["slice"]),
-                devices=int(hello["devices"]),
-                peer=str(hello["peer"]),
-                control=str(hello["control"]),
-                pid=int(hello["pid"]),
-                is_ready=bool(hello["ready"]),
-                fenced=int(hello["fenced"]),
-                copies=list(hello["copies"]),
-                work=hello["work"],
-                committed=int(hello["committed"]),
-                is_leaving=bool(hello["leaving"]),
-            )
-            acceptor = Acceptor.from_json(hello["acceptor"])
-            if host.work is not None:
-                find_epoch([host])  # each tick may look for it: what is no epoch must not get so far
-        except (KeyError, TypeError, ValueError) as error:
-            raise Refused(f"a hello that lacks something: {error!r}") from error
-        if version != VERSION:
-            raise Refused(f"agent {host.name} speaks version {version}, this coordinator {VERSION}; use one jaxscale")
+        host, acceptor, job = read_hello(hello)
         if job != self._options.job:
             raise Refused(f"agent {host.name} is of job {job}, this is job {self._options.job}")
+        if self._options.request is not None:
+            check_shape(host, self._options.request, self.machine.hosts)
         known = self.machine.hosts.get(host.name)
         if host.name in self._sends and known is not None and known.pid != host.pid:
             raise NameTaken(
@@ -375,9 +377,12 @@ class Coordinator:
         }
 
     def _refused(self, peer: str, reason: str) -> None:
-        logger.warning("refused %s: %s", peer, reason)
-        with contextlib.suppress(OSError):
-            self._directory.event("alarm", source="coordinator", what="connection refused", detail=f"{peer}: {reason}")
+        if line := self._refusals.refused(peer, reason, time.monotonic()):
+            logger.warning("refused %s", line)
+            self._alarm("connection refused", line)
+
+    def _alarm(self, what: str, detail: str) -> None:
+        self._journal.event("alarm", what=what, detail=detail)
 
     # Where an epoch starts
 

@@ -54,6 +54,7 @@ class Host:
     slice: int
     """-1 = a spare for any slice."""
     devices: int
+    """That it emulates; 0 = the real ones, of which there are as many as the run asks for on each host."""
     peer: str = ""
     """Address of its slot server."""
     control: str = ""
@@ -172,6 +173,10 @@ class Judge(Protocol):
     def smaller(self) -> World | None: ...
 
     def could_grow(self, hosts: Hosts, now: float) -> bool: ...
+
+    def refusal(self) -> str: ...
+
+    def gives_up(self, there: int, waited: float) -> bool: ...
 
     def to_json(self) -> dict[str, Any]: ...
 

@@ -1,6 +1,8 @@
 """On which meshes a model can be laid out: the audit knows, but it needs JAX, so a process of its own is asked once.
 
-    python -m jaxscale.supervisor.legal RECIPE [overrides] < [{"data": 2, ...}, ...]      prints [true, ...]
+    python -m jaxscale.supervisor.legal RECIPE [overrides] < [{"data": 2, ...}, ...]      prints ["", ...]
+
+An empty answer is a legal mesh, any other says what is wrong with it.
 
 Read next: `worlds.py`, which plans only worlds of legal meshes.
 """
@@ -13,11 +15,11 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 Sizes = Mapping[str, int]
 
-ASK_SECONDS = 120.0
+ASK_SECONDS = 60.0
 
 logger = logging.getLogger(__name__)
 
@@ -26,17 +28,48 @@ class LegalMeshes:
     """Whether a mesh of these sizes is legal; until the answer is there, every mesh is thought to be."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[tuple[str, int], ...], bool] = {}
+        self._wrong: dict[tuple[tuple[str, int], ...], str] = {}
+        self.is_answered = False
+        """Whether the audit has answered, or nobody waits for it any more."""
 
     def __call__(self, sizes: Sizes) -> bool:
-        return self._known.get(_key(sizes), True)
+        return not self.why(sizes)
 
-    def ask(self, recipe: str, overrides: Sequence[str], meshes: Sequence[Sizes]) -> None:
-        """Asks the audit about all of them, in a thread. Where it cannot answer, that is logged."""
-        arguments = (recipe, tuple(overrides), [dict(mesh) for mesh in meshes])
+    def why(self, sizes: Sizes) -> str:
+        """What is wrong with a mesh, in the audit's words; nothing of one that is legal or unknown."""
+        return self._wrong.get(_key(sizes), "")
+
+    def ask(
+        self,
+        recipe: str,
+        overrides: Sequence[str],
+        meshes: Sequence[Sizes],
+        unknown: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Asks the audit about all of them, in a thread. `unknown`: told there why it could not answer."""
+        arguments = (recipe, tuple(overrides), [dict(mesh) for mesh in meshes], unknown)
         threading.Thread(target=self._ask, args=arguments, name="legal-meshes", daemon=True).start()
 
-    def _ask(self, recipe: str, overrides: Sequence[str], meshes: Sequence[dict[str, int]]) -> None:
+    def _ask(
+        self,
+        recipe: str,
+        overrides: Sequence[str],
+        meshes: Sequence[dict[str, int]],
+        unknown: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        try:
+            self._wrong = self._answers(recipe, overrides, meshes)
+        except ValueError as error:
+            text = f"nobody knows on which meshes this model fits: {error}"
+            logger.warning("%s", text)
+            unknown(text)
+        finally:
+            self.is_answered = True
+
+    def _answers(
+        self, recipe: str, overrides: Sequence[str], meshes: Sequence[dict[str, int]]
+    ) -> dict[tuple[tuple[str, int], ...], str]:
+        """Raises ValueError where there is no answer."""
         command = [sys.executable, "-m", "jaxscale.supervisor.legal", recipe, *overrides]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu"}  # it makes no backend, and must not touch a TPU
         told = json.dumps(meshes).encode()
@@ -51,9 +84,8 @@ class LegalMeshes:
             answers = json.loads(said)
         except ValueError:
             last = errors.decode(errors="replace").strip().splitlines()[-1:]
-            logger.warning("nobody knows on which smaller meshes this model fits: %s", *last or ["no answer"])
-            return
-        self._known = {_key(mesh): bool(answer) for mesh, answer in zip(meshes, answers, strict=True)}
+            raise ValueError(*last or ["no answer"]) from None
+        return {_key(mesh): str(answer) for mesh, answer in zip(meshes, answers, strict=True)}
 
 
 def _key(sizes: Sizes) -> tuple[tuple[str, int], ...]:
@@ -69,14 +101,14 @@ def main(arguments: list[str]) -> int:
     config = command.config
     parameters = config.model.task(config).parameters
 
-    def is_legal(sizes: Sizes) -> bool:
+    def wrong(sizes: Sizes) -> str:
         try:
             audit(parameters, sizes, config)
-        except AuditError:
-            return False
-        return True
+        except AuditError as error:
+            return str(error)
+        return ""
 
-    print(json.dumps([is_legal(sizes) for sizes in json.load(sys.stdin)]))
+    print(json.dumps([wrong(sizes) for sizes in json.load(sys.stdin)]))
     return 0
 
 

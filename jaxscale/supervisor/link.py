@@ -33,6 +33,8 @@ STAGGER_SECONDS = 0.5
 ELECTION_SECONDS = 20.0
 """How long a coordinator that was started here may take to be elected."""
 LEAVE_SECONDS = 10.0
+FIRST_WORD_SECONDS, LAST_WORD_SECONDS = 5.0, 600.0
+"""After so much silence it is told of; again each time that it has lasted twice as long, at most so much later."""
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,14 @@ class LinkOptions:
     tls: Tls | None
     takeover_after: float
     """Seconds without a coordinator after which this host starts one; 0: never."""
+
+
+def checked_address(address: str) -> str:
+    """The address itself. Raises ValueError where it is not host:port."""
+    host, _, port = address.rpartition(":")
+    if not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 1 << 16:
+        raise ValueError(f"an address is host:port, not {address[:80]!r}; a port is a number from 1 to 65535")
+    return address
 
 
 class Link:
@@ -67,6 +77,8 @@ class Link:
         self._addresses = [options.coordinator]
         self._session: Session | None = None
         self._heard = self._led = time.monotonic()
+        self._trouble = "none of its addresses was tried yet"
+        """Why there is no coordinator, as the last attempt found."""
         self._switch = asyncio.Event()
         self._command: list[str] = []
         self._coordinator: subprocess.Popen[bytes] | None = None
@@ -88,6 +100,11 @@ class Link:
     def silence(self) -> float:
         """Seconds since a coordinator was heard of."""
         return time.monotonic() - self._heard
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no coordinator is there at this moment."""
+        return self._session is None or self.silence > SILENT_SECONDS
 
     def say(self, message: Mapping[str, Any]) -> None:
         """To the coordinator, if there is one; what it must know for sure is in the next hello."""
@@ -111,12 +128,14 @@ class Link:
                         if not await self._take(session, message):
                             break
                         taken_since = 0.0
-            except NameTaken:
+            except NameTaken as error:
+                self._trouble = str(error)
                 # Perhaps by this very host's agent before it died, or by a connection that broke without a sound.
                 taken_since = taken_since or time.monotonic()
                 if time.monotonic() - taken_since > NAME_SECONDS:
                     raise
             except Unreachable as error:
+                self._trouble = str(error)
                 logger.info("%s", error)
             finally:
                 self._session = None
@@ -165,6 +184,26 @@ class Link:
                 await self._obey(message)
         return True
 
+    async def tell_silence(self) -> None:
+        """Warns when no coordinator has been heard of for long, at growing intervals. Runs until it is cancelled."""
+        due = FIRST_WORD_SECONDS
+        while True:
+            await asyncio.sleep(RECONNECT_SECONDS)
+            silence = self.silence
+            if silence < SILENT_SECONDS and due > FIRST_WORD_SECONDS:
+                logger.warning("a coordinator at %s is there", self._addresses[0])
+                due = FIRST_WORD_SECONDS
+            elif silence >= due:
+                due = silence + min(silence, LAST_WORD_SECONDS)
+                logger.warning(
+                    "no coordinator at %s for %.0f s; a worker of this host trains on, but none is started; start the "
+                    "coordinator, or if it is elsewhere end this agent (SIGTERM) and give --coordinator its address "
+                    "(%s)",
+                    " or ".join(self._addresses),
+                    silence,
+                    self._trouble,
+                )
+
     # Another coordinator
 
     async def _no_session(self, _incoming: AsyncIterator[Message], _send: Callable[[Message], Awaitable[None]]) -> None:
@@ -178,9 +217,7 @@ class Link:
             address, term, leads = str(message["coordinator"]), term_from_json(message["term"]), bool(message["leads"])
         except KeyError as error:
             raise ValueError(f"an invitation lacks {error}") from error
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdecimal():
-            raise ValueError(f"an address is host:port, not {address!r}")
+        checked_address(address)
         has_one = self._session is not None and (self.unled if leads else self.silence) < SILENT_SECONDS
         is_newer = leads and term > self._voter.acceptor.promised
         if (address == self._addresses[0] and self._session is not None) or (has_one and not is_newer):
@@ -219,15 +256,15 @@ class Link:
         logger.warning("no coordinator for %.1f s; this host starts one", self.silence)
         self._coordinator = subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
-    async def close(self) -> None:
-        """Waits for a coordinator that was started here: it ends when all agents have."""
+    async def close(self, waits: bool = True) -> None:
+        """`waits`: for a coordinator that was started here; it ends when all agents have, and is ended if it stays."""
         self._session = None
         await self._server.stop()
         running = self._coordinator
         if running is None:
             return
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LEAVE_SECONDS):
+            async with asyncio.timeout(LEAVE_SECONDS if waits else 0.0):
                 while running.poll() is None:
                     await asyncio.sleep(RECONNECT_SECONDS)
         if running.poll() is None:

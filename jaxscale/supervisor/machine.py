@@ -84,9 +84,13 @@ class Machine(Transitions):
         if kind in ("ready", "unready"):
             host.is_ready = kind == "ready"
         elif kind == "zygote_failed":
-            if self.state is State.WAITING:  # no other attempt will import the recipe
-                text = f"the recipe cannot be imported on {name}:\n{message['text']}"
-                self._finish(1, text, now, State.ESCALATED)
+            raised = bool(message.get("raised", True))  # else it died without a word, again and again
+            what = f"the recipe cannot be imported on {name}" if raised else f"no zygote can be started on {name}"
+            if self.state is State.WAITING:  # no other attempt will be better
+                self._finish(1, f"{what}:\n{message['text']}", now, State.ESCALATED)
+            else:
+                last = str(message["text"]).strip().rpartition("\n")[2]
+                self.actions.append(Note("alarm", {"what": "zygote", "detail": f"{what}: {last}"}))
         elif kind == "preempted":
             self._preempted(host, now)
         elif kind == "alarm":

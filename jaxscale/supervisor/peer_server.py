@@ -69,6 +69,13 @@ class Limits:
     """Largest slot that may be announced."""
 
 
+class CannotListen(OSError):
+    """The address is taken, or not this host's. The message says which, and what to name instead."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
 class _Guest:
     """A connection and the thread that serves it."""
 
@@ -99,7 +106,7 @@ class PeerServer:
         received: Callable[[str, int, Held], None] | None = None,
         limits: Limits | None = None,
     ) -> None:
-        """Raises OSError where the address cannot be had, and says which."""
+        """Raises CannotListen where the address cannot be had."""
         self._folder, self._job, self._token, self._copies = folder, job, token, copies
         self._status, self._on_refused, self._on_received = status, refused, received
         self._limits = limits or Limits()
@@ -333,15 +340,22 @@ def _file_error_ends(channel: Channel) -> Iterator[None]:
         raise PeerGone(f"the slot could not be read while it was sent to {channel.peer}: {error.strerror}") from error
 
 
+def check_own(host: str) -> None:
+    """Raises CannotListen where this is no address of this host."""
+    _listen(host, 0).close()
+
+
 def _listen(host: str, port: int) -> socket.socket:
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         why = (error.strerror or str(error)).partition(" (")[0]  # Python adds the address to some of them
-        raise OSError(
-            error.errno,
-            f"the peer server cannot listen on port {port} of {host}: {why}; name another port, or 0 "
-            "for any that is free",
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            advice = f"{host} is no address of this host; name one of its own, `ip address` shows them"
+        else:
+            advice = "name another port, or 0 for any that is free"
+        raise CannotListen(
+            error.errno, f"the peer server cannot listen on port {port} of {host}: {why}; {advice}"
         ) from error
     listener.setblocking(False)
     return listener

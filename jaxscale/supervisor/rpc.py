@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hmac
 import json
 import logging
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,8 @@ OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
+
+HOW_TO_LISTEN = "choose another port (0: any) and an address of this machine with --listen"
 
 Message = dict[str, Any]
 
@@ -103,7 +107,17 @@ class Server:
         self._server: Any = None
 
     async def start(self, address: str) -> str:
-        """Listens on `host:port` (port 0: the kernel chooses) and returns the address. Raises OSError."""
+        """Binds, and serves at once. Raises OSError."""
+        bound = self.bind(address)
+        await self.serve()
+        return bound
+
+    def bind(self, address: str) -> str:
+        """Holds `host:port` (port 0: the kernel chooses) and returns the address; nobody is heard before `serve`.
+
+        Raises OSError.
+        """
+        check_free(address)
         self._server = grpc.aio.server(options=OPTIONS)
         handlers = {
             "Session": grpc.stream_stream_rpc_method_handler(self._handle_session, bytes, bytes),
@@ -116,14 +130,17 @@ class Server:
             else:
                 port = self._server.add_secure_port(address, _server_credentials(self._tls))
         except RuntimeError as error:
-            advice = "choose another port, or 0 for any"
+            advice = HOW_TO_LISTEN
             if self._tls is not None:
                 advice += (
                     f"; or {self._tls.key}, {self._tls.certificate} and {self._tls.authority} are not what they say"
                 )
             raise CannotListen(f"cannot listen on {address}; {advice}") from error
-        await self._server.start()
         return f"{address.rpartition(':')[0]}:{port}"
+
+    async def serve(self) -> None:
+        """From here on who connects is heard."""
+        await self._server.start()
 
     async def stop(self, grace_seconds: float = 0.5) -> None:
         if self._server is not None:
@@ -166,6 +183,30 @@ class Server:
         if not hmac.compare_digest(str(given).encode(), _bearer(self._token).encode()):
             self._refused(context.peer(), "wrong or missing token")
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is not this job's")
+
+
+def check_free(address: str) -> None:
+    """Raises CannotListen where nobody can listen on `host:port` now, and says why.
+
+    gRPC would say on standard error, in words of its own, what it found, and tell us only that it failed.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise CannotListen(f"cannot listen on {address!r}; give host:port with a port of 0 (any) to 65535")
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does: a port just left is free
+            probe.bind(place)
+            probe.listen()
+    except OSError as error:
+        why = {
+            errno.EADDRINUSE: "another process listens there",
+            errno.EADDRNOTAVAIL: "it is no address of this machine",
+        }.get(error.errno or 0, error.strerror)
+        raise CannotListen(f"cannot listen on {address}: {why}; {HOW_TO_LISTEN}") from error
 
 
 class Session:

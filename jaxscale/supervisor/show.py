@@ -15,8 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from jaxscale.checkpoint.layout import newest_step
 from jaxscale.config import Config
 from jaxscale.supervisor.follow import Follower, Told, offsets_of
+from jaxscale.supervisor.last_words import stopped_line
 from jaxscale.supervisor.states import State
 from jaxscale.supervisor.story import Interruption, Story
 from jaxscale.train.display import Display, last_line
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from jaxscale.supervisor.launch import ClusterShape
 
 LOCK = ".lock"
+CHECKPOINTS = "checkpoints"
+VERDICTS = {"done": ExitReason.COMPLETED, "stopped": ExitReason.STOPPED, "failed": ExitReason.FAILED}
+"""How a story ends, and what that means to whoever started the run."""
 
 
 class Show:
@@ -41,12 +46,14 @@ class Show:
         self._follower: Follower | None = None
         self._display = Display(config.steps, stream=self._stream)
         self._story = Story()
-        self._is_over = False
+        self._is_over = self._is_silent = False
+        self.step = 0
+        """The highest that this run has reached since it was started."""
+        self.verdict: int | None = None
+        """The run's exit code, once a coordinator has said that it is over; its agents leave with it."""
 
     def poll(self, coordinator: int) -> None:
         """Prints what is new. `coordinator`: its pid, by which the run directory is known that it has locked."""
-        if self._is_over:
-            return
         try:
             if self._follower is None:
                 self._find(coordinator)
@@ -55,18 +62,28 @@ class Show:
         except OSError:  # nobody reads any more (`| head`), or the disk is away: training is not to end by that
             self._silence()
 
-    def finish(self, coordinator: int, code: int) -> None:
-        """Prints the last line. `code`: of the run; the words for a failure are the coordinator's own, on stderr."""
+    def say(self, text: str) -> None:
+        """Prints a line of the launcher's own."""
+        try:
+            self._display.message(text)
+        except OSError:
+            self._silence()
+
+    def finish(self, coordinator: int, code: int, why: str = "") -> None:
+        """Prints the last line. `code`: of the run; the words for a failure are the coordinator's own, on stderr.
+        `why`: what ended the run, where it was not the coordinator.
+        """
         self.poll(coordinator)
         if self._is_over or self._follower is None:
             return
-        step = int(self._story.line.get("step", 0))
         try:
             if code == ExitReason.COMPLETED.value:
                 text = last_line(ExitReason.COMPLETED, self._config.steps, self._config.steps, str(self._folder))
                 self._display.finish(text + survived(self._story.interruptions))
             elif code == ExitReason.STOPPED.value:
-                self._display.finish(last_line(ExitReason.STOPPED, step, self._config.steps, str(self._folder)))
+                step = int(self._story.line.get("step", 0))
+                durable = newest_step(self._folder / CHECKPOINTS)
+                self._display.finish(stopped_line(step, self._config.steps, durable, str(self._folder), why))
             elif self._stream.isatty():
                 self._display.close()
         except OSError:
@@ -84,7 +101,14 @@ class Show:
     def _show(self, told: Told) -> None:
         source, line = told
         is_first = not self._story.line
-        for sentence in self._story.tell(told):
+        if source == "metrics":
+            self.step = max(self.step, int(line["step"]))
+        sentences = self._story.tell(told)
+        if line.get("kind") == "state" and self._story.ended:
+            self.verdict = VERDICTS[self._story.ended].value
+        if self._is_over:
+            return
+        for sentence in sentences:
             self._display.message(sentence)
         if source == "metrics" and not self._story.is_standing():
             self._display.enter("step", line["step"])
@@ -104,7 +128,10 @@ class Show:
             self._is_over = True
 
     def _silence(self) -> None:
-        self._is_over = True
+        """Nothing is printed any more; how far the run has got is still followed."""
+        if self._is_silent:
+            return
+        self._is_silent = True
         self._display = Display(self._config.steps, enabled=False)
         if self._stream is sys.stdout:  # or Python would complain at exit of what it could not write
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -116,13 +143,12 @@ def screen(config: Config, shape: ClusterShape, folder: Path) -> list[str]:
     spares = f", {shape.spares} to spare" if shape.spares else ""
     memory, durable = config.memory, config.checkpoint
     often = "as often as is worth its cost" if memory.every == "auto" else f"every {_count(memory.every, 'step')}"
-    copies = f"{memory.replicas} {'copy' if memory.replicas == 1 else 'copies'} at other hosts"
     rows = [
         ("model", numbers(config.model)),
         ("cluster", f"{_count(slices, 'slice')} x {_count(hosts, 'host')} x {_count(devices, 'device')}{spares}"),
         (
             "memory",
-            f"a checkpoint {often}, {copies}" if memory.every else "no checkpoints",
+            f"a checkpoint {often}, {_copies(memory.replicas, slices * hosts)}" if memory.every else "no checkpoints",
         ),
         (
             "durable",
@@ -156,6 +182,15 @@ def survived(interruptions: Sequence[Interruption]) -> str:
         until = max(until, end)
     what = ", ".join(_count(count, kind) for kind, count in kinds if count)
     return f"; survived {what}: {seconds:.1f} s without training"
+
+
+def _copies(wanted: int, hosts: int) -> str:
+    """How many other hosts keep a copy: there cannot be more than there are other hosts."""
+    copies = min(wanted, hosts - 1)
+    if hosts == 1:
+        return "no copy: there is no other host"
+    kept = f"{copies} {'copy' if copies == 1 else 'copies'} at other hosts" if copies else "no copy at other hosts"
+    return kept if copies == wanted else f"{kept}, not {wanted}: there are no more hosts"
 
 
 def _count(number: int, what: str) -> str:

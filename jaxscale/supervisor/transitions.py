@@ -29,6 +29,7 @@ GROW_SECONDS = 2.0
 """How long a host must be there again before the world grows for it."""
 
 STOPPED = 75
+REFUSED = 2
 
 
 class Transitions:
@@ -135,6 +136,8 @@ class Transitions:
             self._adopt(running, now)
         elif self.epoch is None and is_early and any(not self._is_back(name, now) for name in self._expected):
             return
+        elif self.epoch is None and not self.lineage and (why := self._judge.refusal()):
+            self._finish(REFUSED, why, now, State.ESCALATED)
         elif self._all_leave(now):
             self._stop("all hosts were told to end", now)
         elif now >= self._resume_at and self._judge.world(self.hosts, now - self._idle_since, now) is not None:
@@ -280,7 +283,7 @@ class Transitions:
         elif epoch.kept == "durable" and epoch.final_step >= 0:
             kept = f" and saved at step {epoch.final_step}"
         else:
-            kept = "; the newest durable checkpoint is kept, steps after it are lost with the hosts' memory"
+            kept = "; what was trained since the newest durable checkpoint, or else since step 0, is lost"
         self._finish(STOPPED, f"stopped ({why}){kept}", now)
 
     # Small things
@@ -311,10 +314,15 @@ class Transitions:
         return self.state in over
 
     def _all_leave(self, now: float) -> bool:
-        """Whether every host that is there was told to end: no world will be formed of these."""
+        """Whether every host that is there was told to end, and no other is to come: no world will be formed of these.
+
+        Before the first world others may be on their way still; after it, who is not there any more was lost.
+        """
         lease = self.settings.lease_seconds  # until it is over, one whose stream broke may connect again
         there = [host for host in self.hosts.values() if host.is_connected or now - host.heard < lease]
-        return bool(there) and all(host.is_leaving for host in there)
+        if not there or not all(host.is_leaving for host in there):
+            return False
+        return bool(self.lineage) or self._judge.gives_up(len(there), now - self._idle_since)
 
     def _is_fenced(self, epoch: Epoch) -> bool:
         return self._fenced_or_gone(epoch) >= set(epoch.world.members)

@@ -42,7 +42,7 @@ class Voter:
         self.acceptor = Acceptor(name)
         with self._locked():
             if not path.exists():
-                self._keep()
+                self._keep(self.acceptor)
         self.look()
 
     def look(self) -> Acceptor:
@@ -57,9 +57,10 @@ class Voter:
         """The reply, once what it promises is kept. Raises OSError where it cannot be."""
         with self._locked():
             before = self.look()
-            self.acceptor, reply = before.answer(ask)
-            if self.acceptor != before:
-                self._keep()
+            after, reply = before.answer(ask)
+            if after != before:
+                self._keep(after)
+            self.acceptor = after  # not before: what is not kept was not promised
         return reply
 
     @contextlib.contextmanager
@@ -71,10 +72,14 @@ class Voter:
         finally:
             os.close(file)
 
-    def _keep(self) -> None:
+    def _keep(self, acceptor: Acceptor) -> None:
         fresh = self._path.with_name(f"{self._path.name}.{os.getpid()}.partial")
-        fresh.write_text(json.dumps(self.acceptor.to_json()))
-        os.replace(fresh, self._path)
+        try:
+            fresh.write_text(json.dumps(acceptor.to_json()))
+            os.replace(fresh, self._path)
+        except OSError:
+            fresh.unlink(missing_ok=True)
+            raise
 
 
 def host_voter(folder: Path, host: str) -> Voter:

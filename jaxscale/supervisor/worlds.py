@@ -27,6 +27,8 @@ class Host:
     slice: int | None
     """None: a spare that can stand in for a host of any slice."""
     devices: int = 1
+    is_emulated: bool = True
+    """Its devices are emulated; all hosts of a world are alike in that."""
 
 
 def anything_goes(_sizes: Mapping[str, int]) -> bool:
@@ -65,6 +67,11 @@ class Request:
                 f"mesh axis 'data' ({self.sizes.get('data')}) is not a multiple of the {self.slices} slices that it "
                 f"runs across; leave mesh.data unset"
             )
+
+    @property
+    def hosts(self) -> int:
+        """How many hosts the whole world has."""
+        return self.slices * self.hosts_per_slice
 
 
 @dataclass(frozen=True)

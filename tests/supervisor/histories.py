@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from jaxscale.axes import AXES
 from jaxscale.supervisor.facts import Finish, Host, Note, Settings, Tell, Verdict, World
-from jaxscale.supervisor.judge import TableJudge
+from jaxscale.supervisor.judge import PATIENCE_SECONDS, TableJudge
 from jaxscale.supervisor.machine import Machine
 from jaxscale.supervisor.states import NEXT, State
 from jaxscale.supervisor.worlds import Request
@@ -19,9 +19,9 @@ NEVER = (10**9, 1)
 """No other cadence than the one that a worker was started with."""
 
 
-def table_judge(slices=2, per_slice=2, on_loss="shrink"):
+def table_judge(slices=2, per_slice=2, on_loss="shrink", audit=None):
     sizes = {axis: {"data": slices, "fsdp": per_slice}.get(axis, 1) for axis in AXES}
-    return TableJudge(Request(slices, per_slice, 1, sizes), on_loss, emulated=True)
+    return TableJudge(Request(slices, per_slice, 1, sizes), on_loss, audit)
 
 
 class ScriptedJudge:
@@ -53,6 +53,12 @@ class ScriptedJudge:
     def could_grow(self, hosts, now):
         del hosts, now
         return self.may_grow
+
+    def refusal(self):
+        return ""
+
+    def gives_up(self, there, waited):
+        return there >= self.wanted or waited > PATIENCE_SECONDS
 
     def to_json(self):
         return {"scripted": True}

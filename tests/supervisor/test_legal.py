@@ -26,7 +26,7 @@ def sizes(**given):
 def answered(legal, mesh):
     """Waits for the answer, which comes in a thread."""
     deadline = time.monotonic() + 60
-    while not legal._known and time.monotonic() < deadline:
+    while not legal.is_answered and time.monotonic() < deadline:
         time.sleep(0.05)
     return legal(mesh)
 
@@ -36,15 +36,20 @@ def test_the_audit_says_which_smaller_meshes_fit():
     assert legal(sizes(fsdp=3))  # nobody knows yet
     legal.ask(str(NANO), ["--steps", "10"], [sizes(fsdp=3), sizes(fsdp=2), sizes(data=3)])
     assert not answered(legal, sizes(fsdp=3))
+    assert "mesh axis 'fsdp' (3) does not divide embed (128)" in legal.why(sizes(fsdp=3))
+    assert legal.why(sizes(fsdp=2)) == ""
     assert legal(sizes(fsdp=2))
     assert legal(sizes(data=3))
 
 
 def test_a_recipe_that_cannot_be_read_leaves_everything_legal(caplog):
     legal = LegalMeshes()
-    legal._ask("nowhere.py", [], [sizes(fsdp=3)])
+    told = []
+    legal._ask("nowhere.py", [], [sizes(fsdp=3)], told.append)
+    assert legal.is_answered  # nobody is to wait for it any more
     assert legal(sizes(fsdp=3))
-    assert "nobody knows on which smaller meshes this model fits" in caplog.text
+    assert len(told) == 1
+    assert "nobody knows on which meshes this model fits" in caplog.text
 
 
 def test_all_worlds_that_could_be_formed():
@@ -71,5 +76,5 @@ def test_what_a_zygote_remembers_of_a_state_is_what_a_worker_would_trace(monkeyp
 @pytest.mark.parametrize("mesh", [sizes(fsdp=2)])
 def test_the_answer_is_found_whatever_the_order_of_the_axes(mesh):
     legal = LegalMeshes()
-    legal._known = {tuple(sorted(mesh.items())): False}
+    legal._wrong = {tuple(sorted(mesh.items())): "it does not fit"}
     assert not legal(dict(reversed(mesh.items())))

@@ -565,3 +565,69 @@ def test_an_agent_that_ends_waits_for_its_coordinator_and_not_for_ever(tmp_path,
         assert processes.started[1].calls == []
 
     run(work())
+
+
+# Silence
+
+
+def warnings(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_silence_is_told_of_at_growing_intervals_and_its_end_too(tmp_path, clock, pauses, caplog, monkeypatch):
+    monkeypatch.setattr(link_module, "SILENT_SECONDS", SILENT_SECONDS)
+
+    async def work():
+        with socket.create_server(("127.0.0.1", 0)) as nobody:
+            gone = f"127.0.0.1:{nobody.getsockname()[1]}"
+        async with linked(tmp_path, gone) as agent:
+            telling = asyncio.ensure_future(agent.link.tell_silence())
+            try:
+                told_at = []
+                for second in range(1, 51):
+                    before = len(warnings(caplog))
+                    clock.now += 1.0
+                    await pauses.some()
+                    told_at += [second] * (len(warnings(caplog)) - before)
+                assert told_at == [5, 10, 20, 40]
+                assert f"no coordinator at {gone} for 5 s" in warnings(caplog)[0]
+                assert agent.link.is_alone
+                agent.link._heard = clock.now
+                await until(lambda: len(warnings(caplog)) == 5)
+                assert warnings(caplog)[-1] == f"a coordinator at {gone} is there"
+                clock.now += link_module.FIRST_WORD_SECONDS
+                await until(lambda: len(warnings(caplog)) == 6)
+            finally:
+                telling.cancel()
+                await asyncio.gather(telling, return_exceptions=True)
+
+    run(work())
+
+
+def test_who_hears_its_coordinator_is_not_alone_and_says_nothing(tmp_path, pauses, caplog):
+    async def work():
+        async with coordinator() as (fake, address), linked(tmp_path, address) as agent:
+            assert agent.link.is_alone
+            telling = asyncio.ensure_future(agent.link.tell_silence())
+            await fake.welcome(5)
+            await until(lambda: agent.obeyed)
+            assert not agent.link.is_alone
+            await pauses.some()
+            telling.cancel()
+            await asyncio.gather(telling, return_exceptions=True)
+            assert warnings(caplog) == []
+
+    run(work())
+
+
+def test_an_agent_that_leaves_alone_waits_for_no_coordinator(tmp_path, clock, processes, monkeypatch):
+    async def work():
+        async with abandoned(tmp_path) as agent:
+            clock.now += 1000
+            await until(lambda: processes.started)
+            monkeypatch.setattr(link_module, "LEAVE_SECONDS", SECONDS)
+            await asyncio.wait_for(agent.link.close(waits=False), SECONDS / 2)
+            assert processes.started[0].calls == ["kill", "wait"]
+            processes.started[0].code = 0
+
+    run(work())

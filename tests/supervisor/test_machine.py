@@ -554,7 +554,7 @@ def test_what_was_handed_over_in_memory_is_not_called_saved_when_the_run_ends_wi
     history.run(1)
     assert history.finish.code == STOPPED
     assert "saved" not in history.finish.text
-    assert "the newest durable checkpoint is kept" in history.finish.text
+    assert "since the newest durable checkpoint, or else since step 0, is lost" in history.finish.text
 
 
 def test_hosts_that_are_told_to_end_while_the_next_epoch_is_formed_save_for_good():
@@ -1122,3 +1122,27 @@ def test_coordinators_that_die_one_after_the_other_leave_the_epoch_as_it_is():
     later.run(1)
     assert (later.state, later.machine.number) == (State.RUNNING, 1)
     assert not later.orders("fence")
+
+
+# Zygotes
+
+
+def test_a_zygote_that_dies_again_and_again_ends_a_run_that_has_not_begun_with_the_true_cause():
+    history = History(come=False)
+    history.hosts["host-2"].ready = False
+    for name in FOUR:
+        history.connect(name)
+    history.say("host-2", "zygote_failed", text="it died 5 times in a row, the last time: SIGKILL", raised=False)
+    assert history.finish.code == 1
+    assert (
+        history.finish.text == "no zygote can be started on host-2:\nit died 5 times in a row, the last time: SIGKILL"
+    )
+
+
+def test_a_zygote_that_fails_in_a_run_that_trains_is_an_alarm_with_its_last_line():
+    history = running()
+    history.say("host-2", "zygote_failed", text="Traceback:\nImportError: no module named nothing\n", raised=True)
+    assert history.run(1).state is State.RUNNING
+    (alarm,) = [note.fields for note in history.notes if note.kind == "alarm"]
+    assert alarm["what"] == "zygote"
+    assert alarm["detail"] == "the recipe cannot be imported on host-2: ImportError: no module named nothing"

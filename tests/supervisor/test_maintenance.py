@@ -178,3 +178,27 @@ def test_a_file_that_cannot_be_looked_at_is_no_notice(looks):
             assert not task.done()
 
     run(work())
+
+
+def test_a_repeated_failure_is_told_once_until_it_changes(tmp_path, looks, caplog):
+    program = tmp_path / "ask"
+
+    async def work():
+        async with watching(Maintenance(command=str(program), every_seconds=ALWAYS)) as (told, _):
+            await looks.some()
+            assert len(caplog.records) == 1
+            program.touch(mode=0o600)  # there is another reason now
+            await looks.some()
+            assert len(caplog.records) == 2
+            program.write_text("#!/bin/sh\nexit 1\n")
+            program.chmod(0o700)
+            await looks.some()
+            program.unlink()
+            await looks.some()
+            assert told == []
+        words = [record.getMessage() for record in caplog.records]
+        assert len(words) == 3
+        assert ["No such file" in one for one in words] == [True, False, True]
+        assert "Permission denied" in words[1]
+
+    run(work())

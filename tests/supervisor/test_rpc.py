@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -533,19 +534,24 @@ def test_an_answer_that_is_none_is_refused(tmp_path, answer):
     run(work())
 
 
-def test_a_full_disk_while_an_agent_connects_does_not_keep_its_name(tmp_path):
+def test_a_full_disk_while_an_agent_connects_disturbs_nobody_and_its_events_come_later(tmp_path):
     async def work():
         async with coordinating(tmp_path) as (coordinator, address, directory):
             directory.is_full = True
             async with Session(address, TOKEN) as agent:
                 agent.send(hello())
-                with contextlib.suppress(Unreachable):
-                    await end(agent)
-            directory.is_full = False
-            await until(lambda: not coordinator._sends)
-            async with Session(address, TOKEN) as agent:
-                agent.send(hello(pid=8))
                 assert (await order(agent))["do"] == "welcome"
+                agent.send({"kind": "alarm", "what": "x", "detail": "while it is full"})
+                await until(lambda: len(coordinator._journal._waiting) == 2)
+                assert not directory.kinds("agent_started")
+                before = time.time()
+                directory.is_full = False
+                await until(lambda: directory.kinds("alarm"))
+            kinds = [kind for kind, _ in directory.events]
+            assert kinds.index("agent_started") < kinds.index("alarm")
+            (started,) = directory.kinds("agent_started")
+            assert started["host"] == "host-0"
+            assert started["time"] < before  # when it was, not when it could be written
 
     run(work())
 

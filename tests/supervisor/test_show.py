@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from told_lines import KILLED, began, event, exited, fault, metrics, recovery, state, workers, write
 
+from jaxscale.checkpoint.layout import COMMIT_FILE, MANIFEST, step_folder
 from jaxscale.recipe import load_recipe
 from jaxscale.supervisor.follow import EVENTS, METRICS, Follower, offsets_of, tail_offset
 from jaxscale.supervisor.launch import ClusterShape
-from jaxscale.supervisor.show import Show, survived
+from jaxscale.supervisor.show import Show, screen, survived
 from jaxscale.supervisor.story import REJECTIONS, Story, joined
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -279,13 +280,52 @@ def test_after_a_failure_nothing_follows_the_coordinators_words(tmp_path):
     assert stream.getvalue() == before
 
 
-def test_a_stopped_run_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize(
+    ("trained", "saved", "said"),
+    [
+        (4, [2, 4], "stopped after step 4 of 30; it is saved: the same command again goes on from there"),
+        (
+            4,
+            [1, 2],
+            "stopped after step 4 of 30; the newest durable checkpoint is of step 2, the 2 steps after it went with "
+            "the hosts' memory: the same command again goes on from the checkpoint",
+        ),
+        (4, [], "stopped after step 4 of 30; nothing is saved: the same command again starts from step 0"),
+        (0, [], "stopped before a step was trained; nothing is saved: the same command again starts from step 0"),
+        (0, [9], "stopped before a step was trained; step 9 is saved: the same command again goes on from there"),
+    ],
+)
+def test_a_stopped_run_calls_saved_what_is_saved(tmp_path, trained, saved, said):
     run, stream = tmp_path / "run", io.StringIO()
     show = show_of(run, stream)
-    write(run, [*began(), metrics(8, 1), state(9, "RUNNING", "DRAINING", "SIGINT"), metrics(9.5, 2)])
+    write(run, [*began(), *(metrics(8 + step, step) for step in range(1, trained + 1))])
+    write(run, [state(20, "RUNNING", "DRAINING", "SIGINT"), event(20, "sealed", tier="memory", step=trained)])
+    for step in saved:
+        folder = step_folder(run / "checkpoints", step)
+        folder.mkdir(parents=True)
+        (folder / COMMIT_FILE).touch()
+        (folder / MANIFEST).touch()
+    step_folder(run / "checkpoints", trained + 1).mkdir(parents=True)  # a save that was cut short is none
     (run / ".lock").write_text("pid 1 on vm\n")
     show.finish(1, 75)
-    assert stream.getvalue().splitlines()[-1].startswith("stopped after step 2 of 30; it is saved: the same command")
+    assert stream.getvalue().splitlines()[-1] == said
+
+
+@pytest.mark.parametrize(
+    ("hosts", "replicas", "said"),
+    [
+        (1, 1, "no copy: there is no other host"),
+        (2, 1, "1 copy at other hosts"),
+        (2, 3, "1 copy at other hosts, not 3: there are no more hosts"),
+        (4, 2, "2 copies at other hosts"),
+        (4, 0, "no copy at other hosts"),
+    ],
+)
+def test_the_screen_counts_no_copies_that_cannot_be(hosts, replicas, said):
+    config = load_recipe(ROOT / "recipes" / "lm_nano.py").config
+    config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, replicas=replicas, every=5))
+    shape = dataclasses.replace(SHAPE, slices=1, hosts_per_slice=hosts, spares=3)
+    assert f"  memory  a checkpoint every 5 steps, {said}" in screen(config, shape, Path("run"))
 
 
 def test_a_refused_run_shows_nothing(tmp_path):
@@ -306,6 +346,9 @@ def test_nobody_reading_does_not_end_the_training(tmp_path):
     write(run, began())
     (run / ".lock").write_text("pid 1 on vm\n")
     show.poll(1)
+    write(run, [metrics(8, 1), state(9, "RUNNING", "ESCALATED", "a bug")])
+    show.poll(1)
+    assert (show.step, show.verdict) == (1, 1), "what the launcher goes by is followed all the same"
     show.finish(1, 0)
 
 
