@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxscale.supervisor.process_stat import FLAGS, stat_of
 from jaxscale.supervisor.zygote import MESSAGE_BYTES, ForkError
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -113,7 +114,7 @@ def is_dying(pid: int) -> bool:
     a large process is gone.
     """
     try:
-        flags = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[6])
+        flags = int(stat_of(pid)[FLAGS])
         status = Path(f"/proc/{pid}/status").read_text()
     except (OSError, IndexError, ValueError):
         return True

@@ -14,7 +14,8 @@ import select
 import signal
 import time
 from collections.abc import Iterable
-from pathlib import Path
+
+from jaxscale.supervisor.process_stat import PARENT, children_of, living_stat_of
 
 ROUNDS = 50
 """Looks for new children; stopped processes fork no more, so two or three are enough."""
@@ -45,15 +46,6 @@ def end_with_descendants(pids: Iterable[int]) -> None:
             os.close(file)
 
 
-def children_of(pid: int) -> list[int]:
-    """Pids of the children of all threads of a process that have not ended; none where there is no such process."""
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # the thread has ended
-            found += [int(child) for child in task.read_text().split()]
-    return [child for child in found if _parent_of(child) is not None]
-
-
 def _hold(pid: int, held: dict[int, int], parent: int | None = None) -> None:
     """Stops a process and keeps a pidfd of it; not if it has ended, or is no child of `parent` (any more)."""
     if pid in held or pid == os.getpid():
@@ -76,12 +68,9 @@ def _send(file: int, number: signal.Signals) -> None:
 
 
 def _parent_of(pid: int) -> int | None:
-    """None for a process that is gone, or of which only its exit code is left."""
-    try:
-        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-    except (OSError, ValueError):
-        return None
-    return int(parent) if state not in ("Z", "X") else None
+    """None for a process that has ended."""
+    stat = living_stat_of(pid)
+    return None if stat is None else int(stat[PARENT])
 
 
 def _wait_until_gone(files: list[int]) -> None:

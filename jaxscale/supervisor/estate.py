@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxscale.supervisor.process_stat import STARTED, living_stat_of
+
 ESTATE = "estate.json"
 
 
@@ -63,11 +65,8 @@ def read_estate(folder: Path) -> Estate:
 
 def started_at(pid: int) -> int | None:
     """When a process started, in clock ticks after boot; None where there is none, or only its corpse."""
-    try:
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return int(words[19]) if words[0] not in ("Z", "X") else None
+    stat = living_stat_of(pid)
+    return None if stat is None else int(stat[STARTED])
 
 
 def heir_of(pid: int, epoch: int) -> Heir | None:

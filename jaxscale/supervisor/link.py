@@ -169,14 +169,18 @@ class Link:
             await session.flush()
             return False
         if term > self._voter.acceptor.promised:
-            self._voter.answer(AskPromise(term))  # after a word of this one, none of an older one counts
+            try:
+                self._voter.answer(AskPromise(term))  # after a word of this one, none of an older one counts
+            except OSError as error:
+                raise Unreachable(f"this host cannot write down whom it obeys ({error}), so it obeys nobody") from error
         self._heard = time.monotonic()
         match message["do"]:
             case "beat":
                 self._led = time.monotonic() if message["leads"] else self._led
             case "promise" | "accept":
-                if (reply := self._voter.answer(ask_from_json(message))) is not None:
-                    session.send(reply_to_json(reply))
+                with contextlib.suppress(OSError):  # what cannot be kept is not promised: one vote less
+                    if (reply := self._voter.answer(ask_from_json(message))) is not None:
+                        session.send(reply_to_json(reply))
             case "welcome":
                 self._session, self._command = session, list(message["command"])
                 await self._obey(message)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from jaxscale.run_directory import WITNESS as FILES
 from jaxscale.supervisor.ballot import WITNESS
 from jaxscale.supervisor.quorum import Acceptor, Ask, Reply, Vote
 from jaxscale.supervisor.voter import Voter
@@ -26,10 +27,11 @@ class Witness:
 
     def __init__(self, folder: Path, job: str) -> None:
         """Also deletes those of jobs that are over, whose lock this one holds. Raises OSError and QuorumError."""
-        self._folder, self._pattern = folder, f"witness-{job}.json*"
-        for old in set(folder.glob("witness-*")) - set(folder.glob(self._pattern)):
+        path = folder / f"{FILES}{job}.json"
+        self._folder, self._pattern = folder, f"{path.name}*"
+        for old in set(folder.glob(f"{FILES}*")) - set(folder.glob(self._pattern)):
             old.unlink(missing_ok=True)
-        self._voter = Voter(folder / f"witness-{job}.json", WITNESS)
+        self._voter = Voter(path, WITNESS)
         self._failed = 0.0
         """When it could not write; 0: it could the last time."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxscale.supervisor.children import Child
+from jaxscale.supervisor.process_stat import STATE, stat_of
 from jaxscale.supervisor.records import PROGRESS, STACKS, Progress, ProgressRecord, TornRecord
 
 STACKS_SECONDS = 0.3
@@ -24,7 +25,7 @@ NOBODY: dict[str, Any] = {"epoch": 0}
 def is_stopped(pid: int) -> bool:
     """Whether a process was stopped by a signal or a debugger: the others only wait for it."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+        return stat_of(pid)[STATE] in ("T", "t")
     except (OSError, IndexError):
         return False
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxscale.supervisor.process_stat import PARENT, children_of, living_stat_of
 from jaxscale.track.jsonl import backwards, read_metrics
 from jaxscale.track.lines import decode
 
@@ -131,28 +132,21 @@ class RunningCluster:
 
     def zygote(self, host: str) -> int:
         """Pid of a host's zygote."""
-        return next(pid for pid in self.children(self.agent(host)) if "jaxscale.supervisor.zygote" in _words(pid)[2:4])
+        return next(pid for pid in children_of(self.agent(host)) if "jaxscale.supervisor.zygote" in _words(pid)[2:4])
 
     def service(self) -> tuple[str, int]:
         """Host and pid of the newest epoch's coordination service: a child of the agent that is no worker."""
         host, worker = self.worker(0)
         # A forked process has its zygote's command line, but leads a session of its own.
-        forked = [pid for pid in self.children(self.agent(host)) if os.getsid(pid) == pid and pid != worker]
+        forked = [pid for pid in children_of(self.agent(host)) if os.getsid(pid) == pid and pid != worker]
         return host, forked[-1]
-
-    def children(self, pid: int) -> list[int]:
-        """Pids of a process's children."""
-        found: list[int] = []
-        for task in Path(f"/proc/{pid}/task").glob("*/children"):
-            found += [int(child) for child in task.read_text().split()]
-        return found
 
     def kill_host(self, host: str) -> None:
         """Ends every process of a host at once, as a power cut does; its memory is lost with it."""
         agent = self.agent(host)
         memory = self.memory(host)
         os.kill(agent, signal.SIGSTOP)  # it must not see its children die
-        for child in self.children(agent):
+        for child in children_of(agent):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
         os.kill(agent, signal.SIGKILL)
@@ -231,9 +225,9 @@ def left_behind(run: Path) -> list[int]:
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with contextlib.suppress(OSError):
                 pid = int(entry.name)
-                if _state(pid) != "Z":
+                if (stat := living_stat_of(pid)) is not None:
                     words[pid] = _words(pid)
-                    parents |= {_parent(pid)} if str(run) in words[pid] else set()
+                    parents |= {int(stat[PARENT])} if str(run) in words[pid] else set()
     named = {pid for pid, found in words.items() if str(run) in found}
     jobs = {_after("--job", words[pid]) for pid in named | parents if pid in words} - {""}
     return sorted(pid for pid, found in words.items() if pid in named or _after("--job", found) in jobs)
@@ -246,15 +240,3 @@ def _words(pid: int) -> list[str]:
 def _after(flag: str, words: Sequence[str]) -> str:
     """The value of a flag in a command line; empty where it has none."""
     return next((value for name, value in itertools.pairwise(words) if name == flag), "")
-
-
-def _stat(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-
-
-def _state(pid: int) -> str:
-    return _stat(pid)[0]
-
-
-def _parent(pid: int) -> int:
-    return int(_stat(pid)[1])

@@ -50,7 +50,7 @@ class Network:
         _ip("link", "add", self._bridge, "type", "bridge")
         _ip("link", "set", self._bridge, "up")
         for i, name in enumerate(self.names):
-            outer, inner = f"jxo{os.getpid()}-{i}"[:15], f"jxi{os.getpid()}-{i}"[:15]
+            outer, inner = self._outer(i), f"jxi{os.getpid()}-{i}"[:15]
             _ip("netns", "add", name)
             _ip("link", "add", outer, "type", "veth", "peer", "name", inner)
             _ip("link", "set", inner, "netns", name)
@@ -75,12 +75,20 @@ class Network:
         self._cuts = []
 
     def remove(self) -> None:
-        """Processes in the namespaces must have ended."""
-        for name in self.names:
+        """Processes in the namespaces must have ended. The kernel may take its time with a namespace, and with the links
+        that reach into it; the next network has the same names, so the links are deleted by themselves.
+        """
+        for i, name in enumerate(self.names):
+            with contextlib.suppress(subprocess.CalledProcessError):
+                _ip("link", "del", self._outer(i))
             with contextlib.suppress(subprocess.CalledProcessError):
                 _ip("netns", "del", name)
         with contextlib.suppress(subprocess.CalledProcessError):
             _ip("link", "del", self._bridge)
+
+    def _outer(self, index: int) -> str:
+        """Name of the end of a host's link that is on this side; 15 characters are allowed."""
+        return f"jxo{os.getpid()}-{index}"[:15]
 
 
 def unavailable() -> str:

@@ -209,6 +209,33 @@ def test_after_a_word_of_a_higher_term_an_older_one_is_refused(tmp_path):
     run(work())
 
 
+def test_a_host_that_cannot_write_gives_no_vote_and_obeys_nobody_new_but_stays(tmp_path, monkeypatch):
+    """Shared memory may be full; that must cost a vote, and no agent."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    async def work():
+        async with coordinator() as (fake, address), linked(tmp_path, address) as agent:
+            await fake.welcome(5)
+            await until(lambda: agent.obeyed == ["welcome"])
+            monkeypatch.setattr(Voter, "_keep", full)
+            await fake.tell("accept", 5, decision=Decision(1, {"epoch": 1}, VOTERS, VOTERS).to_json())
+            await fake.tell("serve", 5)
+            await until(lambda: agent.obeyed == ["welcome", "serve"])
+            await fake.tell("fence", 8, epoch=1)
+            await until(lambda: len(fake.hellos) == 2)  # it left, and looks again who is there
+            assert agent.obeyed == ["welcome", "serve"]
+            assert fake.said.empty()
+            assert kept(tmp_path).promised == Term(5, "x")
+            monkeypatch.undo()
+            await fake.welcome(8, times=2)
+            await until(lambda: agent.obeyed == ["welcome", "serve", "welcome"])
+            assert kept(tmp_path).promised == Term(8, "x")
+
+    run(work())
+
+
 # Coordinators that go and come
 
 

