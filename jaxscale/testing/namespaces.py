@@ -75,8 +75,8 @@ class Network:
         self._cuts = []
 
     def remove(self) -> None:
-        """Processes in the namespaces must have ended. The kernel may take its time with a namespace, and with the links
-        that reach into it; the next network has the same names, so the links are deleted by themselves.
+        """Processes in the namespaces must have ended. The kernel may take its time with a namespace and the links that
+        reach into it; the next network has the same names, so the links are deleted by themselves.
         """
         for i, name in enumerate(self.names):
             with contextlib.suppress(subprocess.CalledProcessError):
