@@ -28,6 +28,10 @@ from jaxscale.train.protocols import World
 
 ONE = World()
 
+EMULATION_FLAG = "--xla_cpu_enable_concurrency_optimized_scheduler"
+"""With this schedule of XLA emulated devices lose one another: all but one wait for ever in a collective, the last has
+nothing to run (`scripts/bench/emulated_devices.py`; docs/decisions.md). Without it programs have the same bits."""
+
 
 def device_order(devices: Sequence[Any], sizes: Mapping[str, int], slices: int = 1) -> np.ndarray:
     """Array of devices of shape (stage, data, fsdp, expert, context, tensor), the data axis outermost across slices.
@@ -136,6 +140,9 @@ def compilation_cache_dir(setting: str) -> Path | None:
 
 
 def _emulate(count: int, spare_is_fine: bool) -> None:
+    flags = os.environ.get("XLA_FLAGS", "")
+    if EMULATION_FLAG not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {EMULATION_FLAG}=false".strip()
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError as error:  # A backend exists already and has another count.

@@ -300,7 +300,7 @@ def test_sizes_without_devices():
 
 
 def in_new_process(code: str, **environment: str) -> dict:
-    names = {"JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR", "JAXSCALE_CACHE"}
+    names = {"JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR", "JAXSCALE_CACHE", "XLA_FLAGS"}
     variables = {k: v for k, v in os.environ.items() if k not in names} | {"JAX_PLATFORMS": "cpu", **environment}
     start = (
         "import json, os, jax\nfrom jaxscale.mesh import *\nfrom jaxscale.config import *\n"
@@ -334,6 +334,26 @@ print(json.dumps(out | dict(devices=jax.device_count())))
     assert out["cache"] == [str(tmp_path / "compile"), True]
     assert out["least"] == 0.0
     assert (out["mine"], out["users"]) == ("from the file", "from the user")
+
+
+@pytest.mark.parametrize(
+    ("devices", "users", "expected"),
+    [
+        (2, "", "--xla_cpu_enable_concurrency_optimized_scheduler=false"),
+        (2, "--xla_cpu_enable_fast_math=false", "--xla_cpu_enable_fast_math=false {added}"),
+        (2, "--xla_cpu_enable_concurrency_optimized_scheduler=true", None),
+        (0, "", None),
+    ],
+)
+def test_emulated_devices_get_a_schedule_in_which_they_do_not_stand(devices, users, expected):
+    code = f"""
+prepare_backend(config(devices={devices}, run=RunConfig(compilation_cache="off")))
+devices = jax.device_count()  # XLA ends a process whose flags it does not know
+print(json.dumps(dict(flags=os.environ["XLA_FLAGS"], devices=devices)))
+"""
+    out = in_new_process(code, XLA_FLAGS=users)
+    added = f"{meshes.EMULATION_FLAG}=false"
+    assert out == {"flags": users if expected is None else expected.format(added=added), "devices": devices or 1}
 
 
 def test_prepare_backend_after_the_backend():

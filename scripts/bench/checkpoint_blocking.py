@@ -10,6 +10,7 @@ is written, and the step without saving. To reach: `offer()` at most 60 ms.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -21,6 +22,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxscale.checkpoint.durable import DurableCheckpoints, load_orbax
+from jaxscale.mesh import EMULATION_FLAG
 from jaxscale.train.protocols import Record
 
 LIMIT_SECONDS = 0.060
@@ -55,6 +57,7 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=None, help="where to save; default: a temporary folder")
     arguments = parser.parse_args()
+    os.environ.setdefault("XLA_FLAGS", f"{EMULATION_FLAG}=false")  # emulated devices stand now and then without it
     jax.config.update("jax_num_cpu_devices", 8)  # counts where there is nothing but CPUs
 
     mesh = jax.make_mesh((len(jax.devices()),), ("fsdp",), axis_types=(AxisType.Explicit,))

@@ -10,6 +10,7 @@ step's seconds, peak memory of the process. `scripts/bench/training.py` runs it 
 import argparse
 import functools
 import json
+import os
 import resource
 import time
 import zlib
@@ -79,6 +80,8 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cache", default="")
     options = parser.parse_args()
+    # Without it emulated devices stand now and then (scripts/bench/emulated_devices.py).
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
     jax.config.update("jax_num_cpu_devices", 8)
     if options.cache:
         jax.config.update("jax_compilation_cache_dir", options.cache)
