@@ -1,8 +1,8 @@
-"""Do emulated devices stand? Trains `lm_nano` on 8 of them while another thread gives them work, and counts the steps.
+"""Do emulated devices stand? Trains `lm_tiny` on 8 of them while another thread gives them work, and counts the steps.
 
-    python scripts/bench/emulated_devices.py [--steps 1500] [--runs 2] [--schedule concurrent|plain]
+    python scripts/bench/emulated_devices.py [--steps 60] [--runs 3] [--schedule concurrent|plain]
 
-`concurrent` is how XLA schedules CPU programs by itself: after some hundred steps all devices but the last wait in a
+`concurrent` is how XLA schedules CPU programs by itself: after some ten steps all devices but the last wait in a
 collective that the last one never enters, no thread runs anything for it, and XLA ends the process. `plain` is what
 jaxscale asks for where it emulates devices (`mesh.EMULATION_FLAG`). The other thread and a pool of 32 threads (`NPROC`)
 only make it happen sooner: a run without them stood on a busy machine. Exit code 1 when a run stood.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from jaxscale.mesh import EMULATION_FLAG
 
-RECIPE = Path(__file__).resolve().parent.parent.parent / "recipes/lm_nano.py"
+RECIPE = Path(__file__).resolve().parent.parent.parent / "recipes/lm_tiny.py"
 SOONER = "--xla_cpu_collective_call_warn_stuck_timeout_seconds=6 --xla_cpu_collective_call_terminate_timeout_seconds=12"
 PROGRAM = """
 import runpy, sys, threading, time
@@ -30,7 +30,7 @@ def disturb():
         time.sleep(0.1)
     squares = [jax.device_put(jnp.ones((256, 256)), device) for device in jax.devices()]
     work = jax.jit(lambda x: jnp.tanh(x @ x).sum())
-    while not done.wait(0.1):
+    while not done.wait(1):
         squares.append(squares.pop(0))
         work(squares[0])
 
@@ -65,8 +65,8 @@ def train(steps: int, schedule: str) -> tuple[int, int, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--schedule", choices=("concurrent", "plain"), default="plain")
     options = parser.parse_args()
     stood = 0
