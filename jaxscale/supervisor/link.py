@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxscale.supervisor.job_token import Token
-from jaxscale.supervisor.quorum import Acceptor, AskPromise, term_from_json
+from jaxscale.supervisor.quorum import Acceptor, AskPromise, QuorumError, term_from_json
 from jaxscale.supervisor.rpc import Message, NameTaken, Refused, Server, Session, Tls, Unreachable
 from jaxscale.supervisor.voter import Voter, ask_from_json, refusal, reply_to_json
 
@@ -162,8 +162,20 @@ class Link:
             await asyncio.gather(receiving, switching, return_exceptions=True)
 
     async def _take(self, session: Session, message: Message) -> bool:
-        """Votes, or obeys. Whether to go on with this coordinator: not with one that serves an old term."""
-        term = term_from_json(message["term"])
+        """Votes, or obeys. Whether to go on with this coordinator: not with one that serves an old term.
+
+        Raises Unreachable for a message that cannot be read: no coordinator's mistake may end an agent and its worker.
+        """
+        try:
+            do, term = str(message["do"]), term_from_json(message["term"])
+            leads = bool(message["leads"]) if do == "beat" else False
+            question = ask_from_json(message) if do in ("promise", "accept") else None
+            command = [str(word) for word in message["command"]] if do == "welcome" else []
+        except (KeyError, TypeError, QuorumError) as error:
+            raise Unreachable(
+                f"the coordinator at {self._addresses[0]} says {str(message)[:80]}, which cannot be read "
+                f"({type(error).__name__}: {error}); perhaps it is of another version"
+            ) from error
         if term < self._voter.acceptor.promised:
             session.send(reply_to_json(refusal(self._voter, term)))
             await session.flush()
@@ -174,18 +186,16 @@ class Link:
             except OSError as error:
                 raise Unreachable(f"this host cannot write down whom it obeys ({error}), so it obeys nobody") from error
         self._heard = time.monotonic()
-        match message["do"]:
-            case "beat":
-                self._led = time.monotonic() if message["leads"] else self._led
-            case "promise" | "accept":
-                with contextlib.suppress(OSError):  # what cannot be kept is not promised: one vote less
-                    if (reply := self._voter.answer(ask_from_json(message))) is not None:
-                        session.send(reply_to_json(reply))
-            case "welcome":
-                self._session, self._command = session, list(message["command"])
-                await self._obey(message)
-            case _:
-                await self._obey(message)
+        if question is not None:
+            with contextlib.suppress(OSError):  # what cannot be kept is not promised: one vote less
+                if (reply := self._voter.answer(question)) is not None:
+                    session.send(reply_to_json(reply))
+        elif do == "beat":
+            self._led = time.monotonic() if leads else self._led
+        else:
+            if do == "welcome":
+                self._session, self._command = session, command
+            await self._obey(message)
         return True
 
     async def tell_silence(self) -> None:

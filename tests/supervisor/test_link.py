@@ -268,6 +268,37 @@ def test_a_coordinator_that_is_started_again_at_its_address_is_found(tmp_path):
     run(work())
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        {},
+        {"do": "work"},
+        {"do": "work", "term": 5},
+        {"term": [5, "x"]},
+        {"do": "beat", "term": [5, "x"]},
+        {"do": "welcome", "term": [5, "x"]},
+        {"do": "welcome", "term": [5, "x"], "command": 3},
+        {"do": "accept", "term": [5, "x"]},
+        {"do": "accept", "term": [5, "x"], "decision": {"sequence": "no"}},
+    ],
+)
+def test_a_coordinator_that_says_what_cannot_be_read_ends_no_agent(tmp_path, words, caplog):
+    caplog.set_level("INFO", "jaxscale.supervisor.link")
+
+    async def work():
+        async with coordinator() as (fake, address), linked(tmp_path, address) as agent:
+            await fake.welcome(5)
+            await until(lambda: agent.obeyed)
+            await fake._send(words)
+            await fake.welcome(6, times=2)  # the agent has left, and is there again
+            await until(lambda: agent.obeyed == ["welcome", "welcome"])
+            assert not agent.keeping.done()
+            assert "which cannot be read" in caplog.text
+            assert kept(tmp_path).promised == Term(6, "x")
+
+    run(work())
+
+
 def test_a_coordinator_that_refuses_ends_the_agent(tmp_path):
     async def work():
         async with coordinator([Refused("another version")]) as (_, address), linked(tmp_path, address) as agent:
