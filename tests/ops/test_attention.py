@@ -161,14 +161,17 @@ def test_works_inside_a_region_manual_over_stage():
 
 
 def test_scores_of_long_rows_are_bounded():
-    """A row of 4096 positions has 1 GiB of float32 scores; the compiled program's temporaries are a fraction of it."""
+    """A row of 4096 positions has 1 GiB of float32 scores; the compiled program's temporaries are a fraction of it.
+
+    They were 0.60 of it with one schedule of XLA and 0.64 with the other; in one chunk they are 1.89 times the scores.
+    """
     B, S, H, K = 1, 4096, 16, 16
     with jax.set_mesh(make_mesh()):
         shape = jax.ShapeDtypeStruct((B, S, H, K), jnp.float32)
         function = functools.partial(attention, segment_ids_BS=None, implementation="xla")
         gradient = jax.jit(jax.grad(lambda q, k, v: function(q, k, v).sum(), argnums=(0, 1, 2)))
         analysis = gradient.lower(shape, shape, shape).compile().memory_analysis()
-    assert analysis.temp_size_in_bytes < 4 * B * H * S * S * 0.6
+    assert analysis.temp_size_in_bytes < 4 * B * H * S * S * 0.7
 
 
 def test_bfloat16_softmax_is_float32():
