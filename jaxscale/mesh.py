@@ -67,13 +67,13 @@ def prepare_backend(config: Config, world: World | None = ONE) -> None:
         raise MeshError(
             f"{wanted} emulated devices cannot be dealt out to {processes} processes; use a multiple of {processes}"
         )
+    for name, value in (load_mesh_file(config.on).environment if config.on else {}).items():
+        os.environ.setdefault(name, value)
     if wanted:
         _emulate(wanted // processes, spare_is_fine=processes == 1)
     if world != ONE:
         # Read by the CPU backend only; other backends bring their own collectives.
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    for name, value in (load_mesh_file(config.on).environment if config.on else {}).items():
-        os.environ.setdefault(name, value)
     _set_compilation_cache(config.run.compilation_cache)
 
 
@@ -140,9 +140,6 @@ def compilation_cache_dir(setting: str) -> Path | None:
 
 
 def _emulate(count: int, spare_is_fine: bool) -> None:
-    flags = os.environ.get("XLA_FLAGS", "")
-    if EMULATION_FLAG not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {EMULATION_FLAG}=false".strip()
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError as error:  # A backend exists already and has another count.
@@ -153,6 +150,9 @@ def _emulate(count: int, spare_is_fine: bool) -> None:
             f"{count} emulated devices are wanted in this process, but JAX already runs with {there} and cannot change "
             f"that; call prepare_backend before anything makes an array, or start a new process"
         ) from error
+    flags = os.environ.get("XLA_FLAGS", "")
+    if EMULATION_FLAG not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {EMULATION_FLAG}=false".strip()
 
 
 def _set_compilation_cache(setting: str) -> None:

@@ -320,19 +320,21 @@ def test_prepare_backend_sets_everything(tmp_path):
     file.write_text(
         'chip = "cpu"\nslices = 1\nhosts_per_slice = 1\ndevices_per_host = 6\n'
         '[environment]\nMINE = "from the file"\nUSERS = "from the file"\n'
+        'XLA_FLAGS = "--xla_cpu_enable_fast_math=false"\n'
     )
     code = f"""
 c = config(on={str(file)!r})
 prepare_backend(c, World(processes=2, index=1))
 out = dict(gloo=jax.config.jax_cpu_collectives_implementation, cache=cache(), mine=os.environ["MINE"])
 out |= dict(users=os.environ["USERS"], least=jax.config.jax_persistent_cache_min_compile_time_secs)
-print(json.dumps(out | dict(devices=jax.device_count())))
+print(json.dumps(out | dict(devices=jax.device_count(), flags=os.environ["XLA_FLAGS"])))
 """
     out = in_new_process(code, USERS="from the user", JAXSCALE_CACHE=str(tmp_path))
     assert out["devices"] == 3  # 6 dealt out to 2 processes
     assert out["gloo"] == "gloo"
     assert out["cache"] == [str(tmp_path / "compile"), True]
     assert out["least"] == 0.0
+    assert out["flags"] == f"--xla_cpu_enable_fast_math=false {meshes.EMULATION_FLAG}=false"
     assert (out["mine"], out["users"]) == ("from the file", "from the user")
 
 

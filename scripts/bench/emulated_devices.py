@@ -57,9 +57,9 @@ def train(steps: int, schedule: str) -> tuple[int, int, float]:
             [sys.executable, "-c", PROGRAM, *arguments], env=environment, capture_output=True, text=True
         )
         seconds = time.monotonic() - start
+        if done.returncode and "Termination timeout" not in done.stderr:
+            raise SystemExit(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
         lines = Path(folder, "run/metrics.jsonl").read_text().splitlines()
-    if done.returncode and "Termination timeout" not in done.stderr:
-        raise SystemExit(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done.returncode, json.loads(lines[-1])["step"] if lines else 0, seconds
 
 
