@@ -7,15 +7,20 @@ that hurts the cluster and says whom, and a row in KINDS. Read next: `schedule.p
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
+import time
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from jaxscale.testing.cluster import RunningCluster
+
+SEEN_SECONDS = 60.0
+"""Within which the supervisor has to react, where a fault has a second part that waits for that."""
 
 Hurt = Callable[[RunningCluster, random.Random], str]
 """Does it, to whom the random numbers say; returns who was hurt, for people."""
@@ -85,14 +90,68 @@ def _kill_two(cluster: RunningCluster, draw: random.Random) -> str:
     return f"SIGKILL to the workers of {' and '.join(host for host, _ in victims)}"
 
 
-def _flip_bit(cluster: RunningCluster, draw: random.Random) -> str:
-    """A bit of a sealed slot flips; then a worker dies, so that the slot is wanted."""
-    host, pid = cluster.worker(draw.randrange(cluster.members()))
-    os.kill(pid, signal.SIGSTOP)  # or the slot would be written anew
-    for slot in sorted((cluster.memory(host) / "own").glob("gen-*")):
-        flip(slot, draw)
+def _kill_again(cluster: RunningCluster, draw: random.Random) -> str:
+    """A worker dies, and one of those that are started for it dies before the recovery is over."""
+    ranks = [draw.randrange(cluster.members()) for _ in range(2)]
+    state = draw.choice(("FORMING", "RESTORING", "WARMING"))
+    first, pid = cluster.worker(ranks[0])
+    epoch = max(event["epoch"] for event in cluster.events("worker_started"))
     os.kill(pid, signal.SIGKILL)
-    return f"a flipped bit in each memory slot of {host}, and SIGKILL to its worker"
+
+    def victim() -> tuple[str, int] | None:
+        later = [e for e in cluster.events() if e["epoch"] > epoch]
+        started = [e for e in later if e["kind"] == "worker_started"]
+        if not started or not any(e["kind"] == "state" and e["to"] == state for e in later):
+            return None
+        chosen = started[ranks[1] % len(started)]
+        return chosen["host"], chosen["pid"]
+
+    second, pid = cluster.wait_for(victim, f"{state} after a kill", SEEN_SECONDS)
+    with contextlib.suppress(ProcessLookupError):  # it may have been fenced: then the recovery had one fault more
+        os.kill(pid, signal.SIGKILL)
+    return f"SIGKILL to the worker of {first}, and in {state} to the one of {second}"
+
+
+def _cut_off(cluster: RunningCluster, draw: random.Random) -> str:
+    """An agent is silent until its host counts as lost, then it is back: with a worker of an epoch that is over."""
+    host, _ = cluster.worker(draw.randrange(cluster.members()))
+    agent, seen = cluster.agent(host), len(cluster.events("fault"))
+    os.kill(agent, signal.SIGSTOP)
+    try:
+        cluster.wait_for(lambda: len(cluster.events("fault")) > seen or None, f"loss of {host}", SEEN_SECONDS)
+        time.sleep(draw.uniform(0.0, 2.0))
+    finally:
+        os.kill(agent, signal.SIGCONT)
+    return f"the agent of {host} stopped until it was missed"
+
+
+def _lose_slice(cluster: RunningCluster, draw: random.Random) -> str:
+    names = [cluster.worker(rank)[0] for rank in range(cluster.members())]
+    slices = {event["host"]: event["slice"] for event in cluster.events("agent_started")}
+    lost = slices[draw.choice(names)]
+    hosts = [name for name in names if slices[name] == lost]
+    for host in hosts:
+        cluster.kill_host(host)
+    return f"slice {lost} ({' and '.join(hosts)}) gone with its memory"
+
+
+def _damage_slots(damage: Callable[[Path, random.Random], None], what: str) -> Hurt:
+    """Sealed slots of a host are damaged; then its worker dies, so that they are wanted."""
+
+    def hurt(cluster: RunningCluster, draw: random.Random) -> str:
+        host, pid = cluster.worker(draw.randrange(cluster.members()))
+        os.kill(pid, signal.SIGSTOP)  # or the slot would be written anew
+        for slot in sorted((cluster.memory(host) / "own").glob("gen-*")):
+            damage(slot, draw)
+        os.kill(pid, signal.SIGKILL)
+        return f"{what} each memory slot of {host}, and SIGKILL to its worker"
+
+    return hurt
+
+
+def truncate(slot: Path, draw: random.Random) -> None:
+    """Cuts a slot off, somewhere: in its header, in its data, or at its very beginning."""
+    os.truncate(slot, draw.choice((0, draw.randrange(4096), draw.randrange(slot.stat().st_size))))
 
 
 def flip(slot: Path, draw: random.Random) -> None:
@@ -126,7 +185,7 @@ def listens(pid: int, number: signal.Signals) -> bool:
     return bool(int(caught, 16) >> (number - 1) & 1)
 
 
-RECOVERABLE = ("recoverable",)
+RECOVERABLE, ANY = ("recoverable",), ("recoverable", "transient")
 
 KINDS: Mapping[str, FaultKind] = types.MappingProxyType(
     {
@@ -135,9 +194,13 @@ KINDS: Mapping[str, FaultKind] = types.MappingProxyType(
         "hang": FaultKind(_signal_worker(signal.SIGSTOP), True, RECOVERABLE, "a worker stops, and lives"),
         "two": FaultKind(_kill_two, True, RECOVERABLE, "two workers are killed in the same moment"),
         # Where the damaged slot was the only one of its step, a second attempt takes an older step.
-        "flip": FaultKind(_flip_bit, True, ("recoverable", "transient"), "bits flip in memory, and the worker dies"),
+        "flip": FaultKind(_damage_slots(flip, "a flipped bit in"), True, ANY, "bits flip in memory; a worker dies"),
+        "truncate": FaultKind(_damage_slots(truncate, "cut off:"), True, ANY, "memory slots end early; a worker dies"),
         "service": FaultKind(_kill_service, True, RECOVERABLE, "JAX's coordination service dies"),
-        "host": FaultKind(_lose_host, True, ("recoverable", "transient"), "a host is gone with its memory"),
+        "host": FaultKind(_lose_host, True, ANY, "a host is gone with its memory"),
+        "slice": FaultKind(_lose_slice, True, ANY, "all hosts of a slice are gone with their memory"),
+        "cut": FaultKind(_cut_off, True, ANY, "a host is silent until it is given up, then it is back"),
+        "again": FaultKind(_kill_again, True, ANY, "a worker is killed, and another one while training recovers"),
         "zygote": FaultKind(_kill_zygote, False, (), "a zygote dies"),
         "agent": FaultKind(_kill_agent, False, (), "an agent dies, its worker lives"),
         "coordinator": FaultKind(_kill_coordinator, False, (), "the coordinator dies"),

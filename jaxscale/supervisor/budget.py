@@ -130,11 +130,6 @@ class History:
         )
 
 
-def backoff(strikes: int, first: float, most: float) -> float:
-    """Seconds to wait after so many strikes: none, then `first`, doubling up to `most`. Who waits adds the jitter."""
-    return 0.0 if strikes <= 0 else min(first * 2.0 ** min(strikes - 1, 60), most)
-
-
 def _struck(account: Account | None, mark: Mark, allowance: Allowance) -> Account:
     if account is None:
         return Account(1, mark)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import subprocess
 import sys
 import time
@@ -19,11 +20,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxscale.supervisor.job_token import Token
-from jaxscale.supervisor.quorum import Acceptor, AskPromise, QuorumError, term_from_json
+from jaxscale.supervisor.orders import check
+from jaxscale.supervisor.quorum import Acceptor, AskPromise, term_from_json
+from jaxscale.supervisor.retry import LINK_RETRY, pause
 from jaxscale.supervisor.rpc import Message, NameTaken, Refused, Server, Session, Tls, Unreachable
 from jaxscale.supervisor.voter import Voter, ask_from_json, refusal, reply_to_json
 
-RECONNECT_SECONDS = 0.2
+LOOK_SECONDS = 0.2
 NAME_SECONDS = 10.0
 """How long another agent may have this one's name before that is an error."""
 SILENT_SECONDS = 1.5
@@ -117,7 +120,7 @@ class Link:
 
     async def stay_connected(self) -> None:
         """Runs until it is cancelled. Raises Refused and NameTaken where another attempt would not help."""
-        taken_since = 0.0
+        taken_since, failed = 0.0, 0
         while True:
             address = self._addresses[0]
             self._switch.clear()
@@ -127,7 +130,7 @@ class Link:
                     while (message := await self._next(session)) is not None:
                         if not await self._take(session, message):
                             break
-                        taken_since = 0.0
+                        taken_since, failed = 0.0, 0
             except NameTaken as error:
                 self._trouble = str(error)
                 # Perhaps by this very host's agent before it died, or by a connection that broke without a sound.
@@ -141,7 +144,8 @@ class Link:
                 self._session = None
             if not self._switch.is_set():  # else there is a better one
                 self._addresses.append(self._addresses.pop(0))
-                await asyncio.sleep(RECONNECT_SECONDS)
+                failed += 1
+                await asyncio.sleep(pause(LINK_RETRY, failed, random.random()))
 
     async def _next(self, session: Session) -> Message | None:
         """The next message; None when there is another coordinator to go to. Raises Unreachable and Refused."""
@@ -170,16 +174,17 @@ class Link:
             do, term = str(message["do"]), term_from_json(message["term"])
             leads = bool(message["leads"]) if do == "beat" else False
             question = ask_from_json(message) if do in ("promise", "accept") else None
+            if term < self._voter.acceptor.promised:
+                session.send(reply_to_json(refusal(self._voter, term)))
+                await session.flush()
+                return False
+            check(message)
             command = [str(word) for word in message["command"]] if do == "welcome" else []
-        except (KeyError, TypeError, QuorumError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise Unreachable(
                 f"the coordinator at {self._addresses[0]} says {str(message)[:80]}, which cannot be read "
                 f"({type(error).__name__}: {error}); perhaps it is of another version"
             ) from error
-        if term < self._voter.acceptor.promised:
-            session.send(reply_to_json(refusal(self._voter, term)))
-            await session.flush()
-            return False
         if term > self._voter.acceptor.promised:
             try:
                 self._voter.answer(AskPromise(term))  # after a word of this one, none of an older one counts
@@ -202,7 +207,7 @@ class Link:
         """Warns when no coordinator has been heard of for long, at growing intervals. Runs until it is cancelled."""
         due = FIRST_WORD_SECONDS
         while True:
-            await asyncio.sleep(RECONNECT_SECONDS)
+            await asyncio.sleep(LOOK_SECONDS)
             silence = self.silence
             if silence < SILENT_SECONDS and due > FIRST_WORD_SECONDS:
                 logger.warning("a coordinator at %s is there", self._addresses[0])
@@ -247,7 +252,7 @@ class Link:
             await asyncio.Event().wait()
         tried = 0.0
         while True:
-            await asyncio.sleep(RECONNECT_SECONDS)
+            await asyncio.sleep(LOOK_SECONDS)
             vote, running = self._voter.acceptor.vote, self._coordinator
             if running is not None and running.poll() is not None:
                 self._coordinator = running = None
@@ -280,7 +285,7 @@ class Link:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LEAVE_SECONDS if waits else 0.0):
                 while running.poll() is None:
-                    await asyncio.sleep(RECONNECT_SECONDS)
+                    await asyncio.sleep(LOOK_SECONDS)
         if running.poll() is None:
             running.kill()
             running.wait()

@@ -12,15 +12,17 @@ RULES. Read next: `worlds.py`, which forms the world that a `Replace` or `Shrink
 from __future__ import annotations
 
 import types
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from jaxscale.supervisor import worlds
-from jaxscale.supervisor.budget import Allowance, History, Mark, backoff
+from jaxscale.supervisor.budget import Allowance, History, Mark
 from jaxscale.supervisor.causes import cause_of, is_code_that_cannot_start, is_crash
 from jaxscale.supervisor.domains import Group
 from jaxscale.supervisor.evidence import Evidence, HostLost, fingerprint, hosts_of, sentence, traceback_of
+from jaxscale.supervisor.retry import RetryConfig, pause
 from jaxscale.supervisor.worlds import Host, PlannedWorld, Request
 
 FaultClass = Literal["transient", "recoverable", "fatal"]
@@ -106,8 +108,8 @@ class PolicyConfig:
     """Strikes of one host before its next one costs it its place."""
     crashes: int = 2
     """How often a crash (SIGSEGV and the like) at one and the same step may happen again before it is a bug."""
-    backoff_seconds: float = 0.1
-    backoff_most_seconds: float = 10.0
+    pauses: RetryConfig = field(default_factory=RetryConfig)
+    """Before the next attempt with the same hosts: none after a cause's first fault, then longer each time."""
 
     def allowance(self, cause: str) -> Allowance:
         return self.allowances.get(cause, OTHER)
@@ -308,4 +310,8 @@ def _action(rule: Rule, fault: Fault, faults: Sequence[Fault], situation: Situat
             return Wait(leaving)
         if remedy == "retry":
             break
-    return Retry(backoff(fault.strikes, config.backoff_seconds, config.backoff_most_seconds))
+    if not fault.strikes:
+        return Retry()
+    # Jobs whose storage failed in one moment must not all come back in one moment; this stays a pure function, though.
+    mark = f"{situation.reached.step} {fault.strikes} {world.names}"
+    return Retry(pause(config.pauses, fault.strikes, zlib.crc32(mark.encode()) / (1 << 32)))

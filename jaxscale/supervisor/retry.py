@@ -40,6 +40,11 @@ class RetryConfig:
     """Of probes: the breaker closes."""
 
 
+LINK_RETRY = RetryConfig(longest_seconds=1.0)
+"""Of an agent's tie to its coordinator. A host that is not heard of for 2 s counts as lost, so that 10 s between two
+attempts would turn a coordinator's restart into the loss of hosts that train."""
+
+
 class State(enum.StrEnum):
     """Of a breaker."""
 

@@ -23,6 +23,7 @@ import grpc  # type: ignore[import-untyped]  # grpcio ships no types
 import grpc.aio  # type: ignore[import-untyped]  # as above
 
 from jaxscale.supervisor.job_token import Token
+from jaxscale.supervisor.retry import LINK_RETRY
 
 SERVICE = "jaxscale.Supervisor"
 SESSION = f"/{SERVICE}/Session"
@@ -42,8 +43,8 @@ OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.so_reuseport", 0),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.initial_reconnect_backoff_ms", round(LINK_RETRY.first_seconds * 1000)),
+    ("grpc.max_reconnect_backoff_ms", round(LINK_RETRY.longest_seconds * 1000)),
 )
 
 HOW_TO_LISTEN = "choose another port (0: any) and an address of this machine with --listen"

@@ -9,6 +9,7 @@ host is to end. Read next: `children.py`, the process itself; `agent.py`, for wh
 from __future__ import annotations
 
 import asyncio
+import random
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,10 +17,9 @@ from typing import Any
 
 from jaxscale.supervisor.children import Zygote, ZygoteDied, ZygoteFailed
 from jaxscale.supervisor.records import MAILBOX, MAILBOX_VARIABLE
+from jaxscale.supervisor.retry import RetryConfig, pause
 
 LOOK_SECONDS = 0.2
-FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 0.1, 10.0
-"""Before another attempt after a death; doubled each time."""
 RAISED_SECONDS = 60.0
 """Before another attempt after it raised: the same code will raise again, but a file may have been mended since."""
 DEATHS = 5
@@ -84,9 +84,9 @@ class ZygoteKeeper:
                 if self._was_terminated(zygote):
                     return
                 deaths += 1
-                pause = min(FIRST_PAUSE_SECONDS * 2 ** (deaths - 1), LAST_PAUSE_SECONDS)
-                self._tell_death(deaths, str(error), pause)
-                await asyncio.sleep(pause)
+                seconds = pause(RetryConfig(), deaths, random.random())
+                self._tell_death(deaths, str(error), seconds)
+                await asyncio.sleep(seconds)
                 continue
             except ZygoteFailed as error:
                 zygote.close()
@@ -108,9 +108,9 @@ class ZygoteKeeper:
         self._preempted("SIGTERM to the zygote")
         return True
 
-    def _tell_death(self, deaths: int, text: str, pause: float) -> None:
+    def _tell_death(self, deaths: int, text: str, seconds: float) -> None:
         if deaths >= DEATHS:
             self._say("zygote_failed", text=f"it died {deaths} times in a row, the last time: {text}", raised=False)
         else:
-            detail = f"{self._folder.name}: {text}; another one is started in {pause:g} s"
+            detail = f"{self._folder.name}: {text}; another one is started in {seconds:.1f} s"
             self._say("alarm", what="zygote", detail=detail)

@@ -434,7 +434,8 @@ def test_a_zygote_that_is_killed_while_it_imports_is_started_again_and_an_alarm_
             details = [fields["detail"] for kind, fields in kept.said if kind == "alarm"]
             assert details[0] == "host-0: it was still importing: ended by SIGKILL; another one is started in 0.1 s"
             assert "no process to be had" in details[1]
-            assert pauses.seconds[:3] == [0.1, 0.2, 0.4]
+            assert pauses.seconds[:3] == pytest.approx([0.1, 0.2, 0.4], rel=0.2)
+            assert all(seconds >= least for seconds, least in zip(pauses.seconds, (0.1, 0.2, 0.4), strict=False))
             assert not kept.preempted
         assert kept.made[-1].closed
 
@@ -449,7 +450,7 @@ def test_deaths_in_a_row_are_told_as_what_they_are_and_do_not_end_the_attempts(t
             fields = kept.said[DEATHS - 1][1]
             assert fields["raised"] is False
             assert "died 5 times in a row, the last time: it was still importing: ended by SIGKILL" in fields["text"]
-            assert pauses.seconds[:9] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0]
+            assert pauses.seconds[:9] == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0], rel=0.2)
 
     run(work())
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxscale.supervisor.budget import MEMORY, Account, Allowance, History, Mark, backoff
+from jaxscale.supervisor.budget import MEMORY, Account, Allowance, History, Mark
 
 TEN = Allowance(2, steps=10, seconds=100)
 
@@ -79,12 +79,6 @@ def test_a_repaired_host_starts_anew():
 def test_survives_json():
     history = charged(charged(History(), Mark(3, 1.5)), Mark(4, 2.5), cause="hang", host="host-1", fingerprint="g")
     assert History.from_json(json.loads(json.dumps(history.to_json()))) == history
-
-
-def test_waiting_doubles_up_to_its_limit():
-    assert [backoff(n, 0.1, 10.0) for n in (0, 1, 2, 3)] == [0.0, 0.1, 0.2, 0.4]
-    assert backoff(8, 0.1, 10.0) == 10.0
-    assert backoff(10_000, 0.1, 10.0) == 10.0
 
 
 @pytest.mark.parametrize("wrong", [(-1, 1, 1.0), (1, 0, 1.0), (1, 1, 0.0)])

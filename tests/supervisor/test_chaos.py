@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxscale.chaos.faults import KINDS, flip
+from jaxscale.chaos.faults import KINDS, flip, truncate
 from jaxscale.chaos.run import came_late
 from jaxscale.chaos.schedule import schedule
 from jaxscale.cli import main
@@ -35,6 +35,19 @@ def test_flip_changes_one_bit_behind_the_header(tmp_path):
     data = slot.read_bytes()
     assert sum(byte.bit_count() for byte in data) == 1
     assert not any(data[:4096])
+
+
+def test_truncate_leaves_less_of_a_slot_than_there_was(tmp_path):
+    slot = tmp_path / "gen-0"
+    sizes = set()
+    for seed in range(20):
+        slot.write_bytes(bytes(20_000))
+        truncate(slot, random.Random(seed))
+        sizes.add(slot.stat().st_size)
+    assert max(sizes) < 20_000
+    assert 0 in sizes
+    assert any(0 < size < 4096 for size in sizes)
+    assert any(size > 4096 for size in sizes)
 
 
 def fault(time, *evidence):

@@ -14,6 +14,7 @@ from jaxscale.supervisor import link as link_module
 from jaxscale.supervisor.ballot import voter_name
 from jaxscale.supervisor.job_token import new_token
 from jaxscale.supervisor.link import SILENT_SECONDS, STAGGER_SECONDS, Link, LinkOptions
+from jaxscale.supervisor.orders import FIELDS
 from jaxscale.supervisor.quorum import Acceptor, Decision, Term
 from jaxscale.supervisor.rpc import NameTaken, Refused, Server, Session, ask
 from jaxscale.supervisor.voter import Voter
@@ -67,6 +68,10 @@ def pauses(monkeypatch):
     return pauses
 
 
+COMMAND = ["coordinator", "recipe.py", "--steps", "3"]
+WELCOME = {"run": "run", "recipe": "recipe.py", "arguments": [], "command": COMMAND}
+
+
 class Fake:
     """A coordinator that says what the test wants to the agent that came last."""
 
@@ -92,12 +97,15 @@ class Fake:
             self.open -= 1
 
     async def tell(self, do, number, **fields):
-        await self._send({"do": do, "term": [number, "x"], **fields})
+        """Says it; fields of an order that the test does not care about have some value of their type."""
+        kinds = FIELDS.get(do, {}).items()
+        some = {name: kind() if isinstance(kind, type) else None for name, kind in kinds}
+        await self._send({"do": do, "term": [number, "x"], **some, **fields})
 
     async def welcome(self, number, times=1):
         """Waits for the agent, `times` of them, and becomes its coordinator."""
         await until(lambda: len(self.hellos) >= times and self.open)
-        await self.tell("welcome", number, command=["coordinator", "recipe.py", "--steps", "3"])
+        await self.tell("welcome", number, **WELCOME)
 
 
 async def ask_nothing(_):
@@ -278,6 +286,15 @@ def test_a_coordinator_that_is_started_again_at_its_address_is_found(tmp_path):
         {"do": "beat", "term": [5, "x"]},
         {"do": "welcome", "term": [5, "x"]},
         {"do": "welcome", "term": [5, "x"], "command": 3},
+        {"do": "welcome", "term": [5, "x"], **WELCOME, "run": None},
+        {"do": "work", "term": [5, "x"]},
+        {"do": "work", "term": [5, "x"], "epoch": "2"},
+        {"do": "serve", "term": [5, "x"], "epoch": 2},
+        {"do": "fence", "term": [5, "x"]},
+        {"do": "fence", "term": [5, "x"], "epoch": True},
+        {"do": "verdict", "term": [5, "x"], "committed": 3},
+        {"do": "end", "term": [5, "x"]},
+        {"do": "end", "term": [5, "x"], "code": "0"},
         {"do": "accept", "term": [5, "x"]},
         {"do": "accept", "term": [5, "x"], "decision": {"sequence": "no"}},
     ],
