@@ -39,7 +39,7 @@ class ChaosCommand:
     faults: int = 5
     """How many."""
     kinds: tuple[str, ...] = ()
-    """Kinds of faults; none given: all (`jaxscale.chaos.faults.KINDS`)."""
+    """Kinds of faults; none given: all. They are listed below."""
     steps: int = 0
     """Steps of the run; 0 = enough for all faults."""
     slices: int = 2
@@ -67,16 +67,17 @@ class ChaosCommand:
 
 def run_chaos_command(args: Sequence[str], prog: str | None = None) -> int:
     """Runs it and returns 0 if everything held, 1 if not."""
+    from jaxscale.chaos.faults import KINDS
+
+    kinds = "\n".join(f"  {name:<12} {kind.about}" for name, kind in KINDS.items())
     command = parse(
         ChaosCommand,
         args,
         prog=prog or "jaxscale chaos",
         description="Strikes a supervised run with real faults and compares it with an undisturbed one.",
-        examples=EXAMPLES,
+        examples=f"{EXAMPLES}\n\nKinds of faults:\n{kinds}",
         default=ChaosCommand(),
     )
-    from jaxscale.chaos.faults import KINDS
-
     if unknown := [kind for kind in command.kinds if kind not in KINDS]:
         raise UsageError(f"there is no kind of fault {unknown[0]!r}; kinds are {', '.join(KINDS)}")
     for name, least in (("faults", 1), ("least", 1), ("slices", 1), ("hosts_per_slice", 1)):

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from jaxscale.chaos.faults import KINDS
 from jaxscale.supervisor.budget import Allowance
 from jaxscale.supervisor.policy import ALLOWANCES, HOST, OTHER, RULES
 from jaxscale.supervisor.states import DEADLINES, NEXT, State
@@ -45,6 +46,10 @@ def test_deadlines():
 def test_budgets():
     shown = {name: Allowance(int(n), int(steps), float(seconds)) for name, n, steps, seconds in table("budgets")}
     assert shown == {**ALLOWANCES, "every other cause": OTHER, "each host": HOST}
+
+
+def test_kinds_of_faults():
+    assert table("kinds") == [[f"`{n}`", "yes" if kind.epochs else "no", kind.about] for n, kind in KINDS.items()]
 
 
 def test_every_event_that_is_written_is_explained():
