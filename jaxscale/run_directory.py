@@ -251,9 +251,11 @@ class _Lock:
             os.close(file)  # its last holder deleted the folder while we waited for the lock
         self._path, self._file, self._made = path, file, made
         try:
-            os.ftruncate(file, 0)
             whose = f"job {job}: " if job else ""
-            os.pwrite(file, f"{whose}pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            text = f"{whose}pid {os.getpid()} on {socket.gethostname()}\n".encode()
+            # Over what an earlier holder wrote: a coordinator that starts again on a full disk has that much room.
+            os.pwrite(file, text, 0)
+            os.ftruncate(file, len(text))
             if job:
                 fcntl.flock(file, fcntl.LOCK_SH)
         except OSError:

@@ -1,6 +1,8 @@
 """A disk that is really full: a tiny file system in memory. Needs the right to mount; skipped, and said, without it."""
 
+import contextlib
 import logging
+import os
 import subprocess
 
 import jax
@@ -9,6 +11,9 @@ from states import make_abstract, make_mesh, make_record, make_state, same_bits
 
 from jaxscale.checkpoint.durable import DurableCheckpoints, SaveFailed
 from jaxscale.checkpoint.restore import list_steps, restore_newest
+from jaxscale.config import Config, DataConfig, RunConfig
+from jaxscale.models.transformer_config import TransformerConfig
+from jaxscale.run_directory import open_run
 from jaxscale.track.jsonl import CannotWrite, JsonlMetrics, read_metrics
 
 
@@ -67,3 +72,25 @@ def test_metrics_on_a_full_disk_are_a_clear_error_and_no_torn_line(disk):
     metrics.commit()
     metrics.close()
     assert read_metrics(disk / "metrics.jsonl")[-1]["loss"] == 0.25
+
+
+def test_a_job_that_starts_again_on_a_full_disk_has_its_run_directory(disk, monkeypatch):
+    """A coordinator that takes over, or comes back: the run it looks after may train on for hours without storage."""
+    model = TransformerConfig(vocabulary=8, layers=1, width=8, heads=1, mlp=8)
+    config = Config(name="full", model=model, steps=1, data=DataConfig(path="x"), run=RunConfig(dir=str(disk / "run")))
+    first = open_run(config, job="one")
+    first.begin({})
+    first.close()
+    fill(disk, leave=0)
+    truncate = os.ftruncate
+
+    def truncate_and_lose_it(file, length):
+        truncate(file, length)
+        with contextlib.suppress(OSError), open(disk / "ballast", "ab", buffering=0) as ballast:
+            while True:  # a worker's log is quicker
+                ballast.write(bytes(4096))
+
+    monkeypatch.setattr(os, "ftruncate", truncate_and_lose_it)
+    again = open_run(config, job="one")
+    assert (disk / "run" / ".lock").read_text().startswith("job one: pid ")
+    again.close()
