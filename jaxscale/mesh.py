@@ -150,9 +150,12 @@ def _emulate(count: int, spare_is_fine: bool) -> None:
             f"{count} emulated devices are wanted in this process, but JAX already runs with {there} and cannot change "
             f"that; call prepare_backend before anything makes an array, or start a new process"
         ) from error
-    flags = os.environ.get("XLA_FLAGS", "")
-    if EMULATION_FLAG not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {EMULATION_FLAG}=false".strip()
+    os.environ["XLA_FLAGS"] = emulation_flags(os.environ.get("XLA_FLAGS", ""))
+
+
+def emulation_flags(flags: str) -> str:
+    """`XLA_FLAGS` with the one that emulated devices need, unless it is there already, with either value."""
+    return flags if EMULATION_FLAG in flags else f"{flags} {EMULATION_FLAG}=false".strip()
 
 
 def _set_compilation_cache(setting: str) -> None:

@@ -4,11 +4,13 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# As `prepare_backend` does where it emulates devices (jaxscale/mesh.py says why); here JAX has its devices before that.
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
 
 import jax
 
+from jaxscale.mesh import emulation_flags
+
+# As `prepare_backend` does where it emulates devices (jaxscale/mesh.py says why); here JAX has its devices before that.
+os.environ["XLA_FLAGS"] = emulation_flags(os.environ.get("XLA_FLAGS", ""))
 jax.config.update("jax_num_cpu_devices", 8)
 CACHE = Path(os.environ.get("JAXSCALE_TEST_CACHE", Path.home() / ".cache" / "jaxscale" / "test-compile"))
 jax.config.update("jax_compilation_cache_dir", str(CACHE))

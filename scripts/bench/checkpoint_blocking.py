@@ -22,7 +22,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxscale.checkpoint.durable import DurableCheckpoints, load_orbax
-from jaxscale.mesh import EMULATION_FLAG
+from jaxscale.mesh import emulation_flags
 from jaxscale.train.protocols import Record
 
 LIMIT_SECONDS = 0.060
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=None, help="where to save; default: a temporary folder")
     arguments = parser.parse_args()
-    os.environ.setdefault("XLA_FLAGS", f"{EMULATION_FLAG}=false")  # emulated devices stand now and then without it
+    os.environ["XLA_FLAGS"] = emulation_flags(os.environ.get("XLA_FLAGS", ""))
     jax.config.update("jax_num_cpu_devices", 8)  # counts where there is nothing but CPUs
 
     mesh = jax.make_mesh((len(jax.devices()),), ("fsdp",), axis_types=(AxisType.Explicit,))

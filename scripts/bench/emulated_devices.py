@@ -22,11 +22,11 @@ from jaxscale.mesh import EMULATION_FLAG
 RECIPE = Path(__file__).resolve().parent.parent.parent / "recipes/lm_tiny.py"
 SOONER = "--xla_cpu_collective_call_warn_stuck_timeout_seconds=6 --xla_cpu_collective_call_terminate_timeout_seconds=12"
 PROGRAM = """
-import runpy, sys, threading, time
+import os, runpy, sys, threading, time
 
 def disturb():
     import jax, jax.numpy as jnp
-    while not jax._src.xla_bridge.backends_are_initialized():
+    while not os.path.exists(metrics):  # JAX has its devices before there is a first line
         time.sleep(0.1)
     squares = [jax.device_put(jnp.ones((256, 256)), device) for device in jax.devices()]
     work = jax.jit(lambda x: jnp.tanh(x @ x).sum())
@@ -35,6 +35,7 @@ def disturb():
         work(squares[0])
 
 done = threading.Event()
+metrics = sys.argv[-1] + "/metrics.jsonl"
 thread = threading.Thread(target=disturb, daemon=True)
 thread.start()
 sys.argv = sys.argv[1:]

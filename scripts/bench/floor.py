@@ -81,7 +81,8 @@ def main():
     parser.add_argument("--cache", default="")
     options = parser.parse_args()
     # Without it emulated devices stand now and then (scripts/bench/emulated_devices.py).
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
+    flags, flag = os.environ.get("XLA_FLAGS", ""), "--xla_cpu_enable_concurrency_optimized_scheduler"
+    os.environ["XLA_FLAGS"] = flags if flag in flags else f"{flags} {flag}=false".strip()
     jax.config.update("jax_num_cpu_devices", 8)
     if options.cache:
         jax.config.update("jax_compilation_cache_dir", options.cache)

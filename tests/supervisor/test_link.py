@@ -38,13 +38,17 @@ class Pauses:
     """asyncio, but what the link sleeps is short, and counted."""
 
     def __init__(self):
-        self.count = 0
+        self.seconds = []
+
+    @property
+    def count(self):
+        return len(self.seconds)
 
     def __getattr__(self, name):
         return getattr(asyncio, name)
 
-    async def sleep(self, _):
-        self.count += 1
+    async def sleep(self, seconds):
+        self.seconds.append(seconds)
         await asyncio.sleep(0.001)
 
     async def some(self):
@@ -147,6 +151,28 @@ async def linked(tmp_path, address, host="host-1", takeover_after=0.0):
 def kept(tmp_path):
     """What the host's voter has promised, for good."""
     return Acceptor.from_json(json.loads((tmp_path / "vote.json").read_text()))
+
+
+# Until it finds one
+
+
+def test_it_tries_again_later_and_later_and_at_once_after_it_had_one(tmp_path, pauses):
+    doubled = (0.1, 0.2, 0.4, 0.8, 1.0, 1.0)
+
+    async def work():
+        async with linked(tmp_path, "127.0.0.1:1") as agent:
+            await until(lambda: pauses.count >= len(doubled))
+            tried = pauses.seconds[: len(doubled)]
+            assert all(least <= wait <= 1.2 * least for least, wait in zip(doubled, tried, strict=True)), tried
+            async with coordinator() as (fake, address):
+                await invite(SimpleNamespace(agent=agent), 5, leads=True, address=address)
+                await fake.welcome(5)
+                await until(lambda: agent.obeyed)
+                before = pauses.count
+            await until(lambda: pauses.count > before)
+            assert 0.1 <= pauses.seconds[before] <= 0.12
+
+    run(work())
 
 
 # Whom it obeys
