@@ -5,6 +5,7 @@ A host that was let in and is never used waits without a word, and nobody learns
 
 from __future__ import annotations
 
+from jaxscale.supervisor.evidence import SECTIONS
 from jaxscale.supervisor.facts import Host, Hosts
 from jaxscale.supervisor.quorum import Acceptor
 from jaxscale.supervisor.rpc import VERSION, Message, Refused
@@ -30,6 +31,7 @@ def read_hello(hello: Message) -> tuple[Host, Acceptor, str]:
             fenced=int(hello["fenced"]),
             copies=list(hello["copies"]),
             work=hello["work"],
+            took=[(SECTIONS[SECTIONS.index(name)], float(took), bool(first)) for name, took, first in hello["took"]],
             committed=int(hello["committed"]),
             is_leaving=bool(hello["leaving"]),
         )

@@ -192,6 +192,7 @@ class Agent:
             "committed": self._verdicts.read().committed,
             "copies": scan(self.folder, o.job),
             "work": self._order if self._has_worker() else None,
+            "took": self._view.took(self._worker),
             "ready": self._keeper.ready,
             "leaving": self._departure.is_leaving,
         }

@@ -78,6 +78,8 @@ class Host:
     """The newest memory checkpoint that it was told of as committed."""
     work: Mapping[str, Any] | None = None
     """What its worker was started with, where one runs: tells a new coordinator of the epoch under way."""
+    took: list[tuple[str, float, bool]] = field(default_factory=list)
+    """(section, seconds, is it the first of the epoch): how long its worker's sections took, for a new coordinator."""
 
     def is_usable(self, now: float) -> bool:
         """Whether a worker can be started there now."""

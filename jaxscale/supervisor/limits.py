@@ -126,6 +126,10 @@ class Pace:
         over = now - entered - self.limit(kind)
         return over if over > 0 else None
 
+    def recent(self, count: int) -> Pace:
+        """With the newest `count` durations of each kind."""
+        return replace(self, durations={kind: seconds[-count:] for kind, seconds in self.durations.items()})
+
     def to_json(self) -> list[dict[str, Any]]:
         """For a coordinator that takes over."""
         return [

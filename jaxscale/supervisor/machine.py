@@ -155,7 +155,7 @@ class Machine(Transitions):
         place: dict[str, Any] = {"epoch": epoch.number, "step": int(message["step"]), "section": section}
         place |= {"seconds": float(message["seconds"]), "finished": bool(message["finished"])}
         place["stopped"] = bool(message.get("stopped", False))
-        pace = learned(self.pace, epoch, message)
+        pace = learned(self.pace, epoch, message["took"])
         host.progress = {**place, "told": now}
         if message["step"] > epoch.start_step or message["finished"]:
             epoch.warmed.add(host.name)

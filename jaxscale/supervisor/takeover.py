@@ -13,6 +13,10 @@ from typing import Any
 from jaxscale.supervisor.budget import Mark
 from jaxscale.supervisor.commits import MemoryCommits
 from jaxscale.supervisor.facts import Epoch, Host, Judge, World
+from jaxscale.supervisor.limits import Pace
+
+MEMO_DURATIONS = 16
+"""Of each kind that go with an order: enough to know a limit."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +29,19 @@ class Found:
     judge: dict[str, Any]
     lineage: tuple[tuple[int, int], ...]
     reached: Mark
+    pace: Pace
+    """As it was when the epoch began."""
 
 
-def memo_of(epoch: Epoch, judge: Judge, lineage: Sequence[tuple[int, int]], reached: Mark) -> dict[str, Any]:
+def memo_of(
+    epoch: Epoch, judge: Judge, lineage: Sequence[tuple[int, int]], reached: Mark, pace: Pace
+) -> dict[str, Any]:
     """What goes with the order to work, JSON-safe."""
     return {
         "judge": judge.to_json(),
         "lineage": [list(entry) for entry in lineage],
         "reached": [reached.step, reached.seconds],
+        "pace": pace.recent(MEMO_DURATIONS).to_json(),
         "slices": dict(epoch.world.slices),
         "start_step": epoch.start_step,
     }
@@ -102,4 +111,4 @@ def find_epoch(hosts: Iterable[Host]) -> Found:
     epoch = Epoch(newest, world, memo["start_step"], None, members[0], commits, work["address"])
     epoch.started, epoch.begun, epoch.warmed = set(members), set(members), set(members)
     lineage = tuple((int(number), int(step)) for number, step in memo["lineage"])
-    return Found(epoch, there, memo["judge"], lineage, Mark(*memo["reached"]))
+    return Found(epoch, there, memo["judge"], lineage, Mark(*memo["reached"]), Pace.from_json(memo["pace"]))

@@ -18,6 +18,7 @@ from jaxscale.supervisor.limits import Pace
 from jaxscale.supervisor.orders import work_orders
 from jaxscale.supervisor.states import State, check
 from jaxscale.supervisor.takeover import decided, find_epoch, memo_of, past
+from jaxscale.supervisor.watch import learned
 
 WINDOW_SECONDS = 0.2
 """How long further evidence of a fault is waited for, while not every member has been fenced."""
@@ -156,6 +157,11 @@ class Transitions:
             self.lineage = list(found.lineage)
         self.epoch, self.number = found.epoch, found.epoch.number
         self.reached = found.reached
+        # Without what was learned a hang would be one after minutes only, the generous limits of a start.
+        self.pace = found.pace
+        for host in running.values():
+            if host.work is not None and host.work["epoch"] == self.number:
+                self.pace = learned(self.pace, found.epoch, host.took)
         for name in found.epoch.world.members:
             self.hosts.setdefault(name, Host(name, found.epoch.world.slices[name], 0, heard=self._began))
         self._enter(State.RUNNING, f"epoch {self.number} was found running", now)
@@ -235,7 +241,7 @@ class Transitions:
 
     def _start_workers(self, epoch: Epoch) -> None:
         self._announce(epoch, True)
-        memo = memo_of(epoch, self._judge, self.lineage, self.reached)
+        memo = memo_of(epoch, self._judge, self.lineage, self.reached, self.pace)
         self.actions += work_orders(epoch, self.hosts, self.settings, self._judge.smaller(), memo, self.cadence)
 
     def _announce(self, epoch: Epoch, is_news: bool) -> None:

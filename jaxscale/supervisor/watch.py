@@ -5,7 +5,7 @@ Read next: `limits.py`, which judges the positions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxscale.supervisor.budget import Mark
@@ -25,9 +25,9 @@ def positions(epoch: Epoch, hosts: Hosts) -> list[Position]:
     return found
 
 
-def learned(pace: Pace, epoch: Epoch, heartbeat: Mapping[str, Any]) -> Pace:
-    """With the durations of the sections that ended since the heartbeat before."""
-    for section, seconds, first in heartbeat["took"]:
+def learned(pace: Pace, epoch: Epoch, took: Iterable[tuple[str, float, bool]]) -> Pace:
+    """With more durations of sections of this epoch: (section, seconds, is it the first of the epoch)."""
+    for section, seconds, first in took:
         pace = pace.learned(Kind(section, world=len(epoch.world.members), first=first), seconds)
     return pace
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,11 @@ class WorkerView:
             "took": self._news(progress),
         }
 
+    def took(self, worker: Child | None) -> list[tuple[str, float, bool]]:
+        """What the record still has of how long sections took; for a coordinator that has not heard of it yet."""
+        progress = None if worker is None or worker.exit is not None else self._read(worker.pid)
+        return [] if progress is None else _durations(progress, {})
+
     def stuck_seconds(self, worker: Child | None) -> float:
         """How long the worker has been in the same step; 0 elsewhere, where long times mean nothing."""
         progress = None if worker is None or worker.exit is not None else self._read(worker.pid)
@@ -99,11 +105,17 @@ class WorkerView:
 
     def _news(self, progress: Progress) -> list[tuple[str, float, bool]]:
         """(section, seconds, whether it was the first of its kind)."""
-        news: list[tuple[str, float, bool]] = []
-        for section, count in progress.ended.items():
-            durations = progress.durations[section]
-            new = min(count - self._told.get(section, 0), len(durations))
-            recent = durations[len(durations) - new :] if new > 0 else ()
-            news += [(section, seconds, count - new + i == 0) for i, seconds in enumerate(recent)]
-            self._told[section] = count
+        news = _durations(progress, self._told)
+        self._told = dict(progress.ended)
         return news
+
+
+def _durations(progress: Progress, told: Mapping[str, int]) -> list[tuple[str, float, bool]]:
+    """As `WorkerView._news`. `told`: how many of each section are known already."""
+    found: list[tuple[str, float, bool]] = []
+    for section, count in progress.ended.items():
+        durations = progress.durations[section]
+        new = min(count - told.get(section, 0), len(durations))
+        recent = durations[len(durations) - new :] if new > 0 else ()
+        found += [(section, seconds, count - new + i == 0) for i, seconds in enumerate(recent)]
+    return found

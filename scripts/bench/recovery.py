@@ -51,6 +51,8 @@ TARGETS = {
 SHAPE = ("--slices", 2, "--hosts-per-slice", 2)
 IN_ONE_RUN = 20
 """Faults; a host is started again at most so often."""
+AHEAD_SECONDS = 60.0
+"""After the start, before the first slice is lost: by then the smaller world's program is compiled ahead."""
 ABSENT_SECONDS = 8.0
 """How long a lost slice stays away."""
 
@@ -124,6 +126,7 @@ class Bench:
         flags = (*self._flags, "--restart-after", ABSENT_SECONDS, "--steps", 1_000_000)
         with launched(self._options.recipe, run, *flags) as cluster:
             cluster.wait_for_step(30, seconds=RECOVERY_SECONDS * 3)
+            time.sleep(AHEAD_SECONDS)
             for number in range(self._options.faults):
                 lost = [f"host-{2 * (number % 2) + i}" for i in range(2)]
                 before = cluster.last_line()

@@ -283,7 +283,7 @@ def test_a_coordinator_asks_each_agent_for_its_place(tmp_path):
     coordinator = coordinator_at("127.0.0.1:0", SimpleNamespace(path=tmp_path, epoch=1), request=request())
     hello = {"version": VERSION, "job": "job-1", "host": "host-0", "slice": 1, "devices": 2, "pid": 7, "peer": "a:1"}
     hello |= {"control": "a:2", "acceptor": Acceptor("host-0#1").to_json(), "fenced": 0, "copies": [], "committed": -1}
-    hello |= {"work": None, "ready": True, "leaving": False}
+    hello |= {"work": None, "took": [], "ready": True, "leaving": False}
     assert coordinator._admit(hello)[0].devices == 2
     for bad in ({"slice": 2}, {"devices": 1}):
         with pytest.raises(Refused, match="and this run has"):

@@ -780,6 +780,15 @@ def test_a_member_that_does_not_come_to_the_new_coordinator_is_lost():
     assert (found.state, found.members) == (State.RUNNING, ("host-0", "host-1"))
 
 
+def test_a_worker_that_hangs_at_once_after_a_coordinator_came_back_is_found_as_soon_as_ever():
+    _, found = taken_over()
+    assert found.state is State.RUNNING
+    for name in FOUR:
+        found.hosts[name].worker.hang(found.now)
+    found.run(4).until_running(2)
+    assert "hangs" in found.faults()[0]["cause"]
+
+
 def unseen(history, name, exit_is_told):
     """A worker dies while the new coordinator still waits for the last member."""
     for other in FOUR:

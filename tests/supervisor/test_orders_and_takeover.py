@@ -5,6 +5,7 @@ import json
 from jaxscale.supervisor.budget import Mark
 from jaxscale.supervisor.commits import MemoryCommits
 from jaxscale.supervisor.facts import Epoch, Host, Settings, World
+from jaxscale.supervisor.limits import Kind, Pace
 from jaxscale.supervisor.orders import work_orders
 from jaxscale.supervisor.takeover import find_epoch, memo_of
 
@@ -30,8 +31,12 @@ def hosts_of(connected=NAMES):
     return {name: Host(name, SLICES.get(name, -1), 1, f"{name}:7", is_connected=name in connected) for name in names}
 
 
+STEP = Kind("step", world=4)
+PACE = Pace(durations={STEP: tuple(0.1 + n / 1000 for n in range(100)), Kind("data", world=4, first=True): (2.0,)})
+
+
 def orders(**more):
-    memo = memo_of(epoch_of(), Memory(), [(1, 0), (4, 40)], Mark(57, 3.5))
+    memo = memo_of(epoch_of(), Memory(), [(1, 0), (4, 40)], Mark(57, 3.5), PACE)
     smaller = more.pop("smaller", None)
     return work_orders(epoch_of(**more), hosts_of(more.pop("connected", NAMES)), SETTINGS, smaller, memo)
 
@@ -97,6 +102,8 @@ def test_everything_is_found_again():
     assert found.lineage == ((1, 0), (4, 40))
     assert found.reached == Mark(57, 3.5)
     assert found.judge == {"strikes": 3}
+    assert found.pace.durations[STEP] == PACE.durations[STEP][-16:]
+    assert found.pace.durations.keys() == PACE.durations.keys()
 
 
 def test_one_member_is_enough_to_find_the_epoch():

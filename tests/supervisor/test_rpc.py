@@ -340,6 +340,7 @@ def hello(host="host-0", **more):
         "copies": [],
         "committed": -1,
         "work": None,
+        "took": [],
         "ready": True,
         "leaving": False,
     } | more
