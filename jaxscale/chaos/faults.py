@@ -19,6 +19,8 @@ from pathlib import Path
 
 from jaxscale.testing.cluster import RunningCluster
 
+HEADER_BYTES = 4096
+"""Of a slot, at most: what is damaged lies behind it."""
 SEEN_SECONDS = 60.0
 """Within which the supervisor has to react, where a fault has a second part that waits for that."""
 
@@ -141,9 +143,12 @@ def _damage_slots(damage: Callable[[Path, random.Random], None], what: str) -> H
     def hurt(cluster: RunningCluster, draw: random.Random) -> str:
         host, pid = cluster.worker(draw.randrange(cluster.members()))
         os.kill(pid, signal.SIGSTOP)  # or the slot would be written anew
-        for slot in sorted((cluster.memory(host) / "own").glob("gen-*")):
-            damage(slot, draw)
-        os.kill(pid, signal.SIGKILL)
+        try:
+            for slot in sorted((cluster.memory(host) / "own").glob("gen-*")):
+                if slot.stat().st_size > HEADER_BYTES:  # else it was damaged before, and never written since
+                    damage(slot, draw)
+        finally:
+            os.kill(pid, signal.SIGKILL)
         return f"{what} each memory slot of {host}, and SIGKILL to its worker"
 
     return hurt
@@ -151,13 +156,13 @@ def _damage_slots(damage: Callable[[Path, random.Random], None], what: str) -> H
 
 def truncate(slot: Path, draw: random.Random) -> None:
     """Cuts a slot off, somewhere: in its header, in its data, or at its very beginning."""
-    os.truncate(slot, draw.choice((0, draw.randrange(4096), draw.randrange(slot.stat().st_size))))
+    os.truncate(slot, draw.choice((0, draw.randrange(HEADER_BYTES), draw.randrange(slot.stat().st_size))))
 
 
 def flip(slot: Path, draw: random.Random) -> None:
     """Flips one bit of a slot's data, somewhere behind the header."""
     with open(slot, "r+b") as file:
-        at = draw.randrange(4096, min(slot.stat().st_size, 200_000))
+        at = draw.randrange(HEADER_BYTES, min(slot.stat().st_size, 200_000))
         file.seek(at)
         byte = file.read(1)[0]
         file.seek(at)

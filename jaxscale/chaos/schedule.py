@@ -24,12 +24,13 @@ class Strike:
 FIRST_STEPS, LAST_STEPS, BETWEEN_STEPS = 10, 50, 10
 """Before the first fault, after the last, and after each: a fault of no consequence takes some steps as well."""
 LEAVE_STEPS = 40
-"""More of them after a host was told to end: training goes on while it ends and comes back."""
+"""More of them after a host was told to end, or is cut off: training goes on meanwhile."""
+LEAVING = ("preempt", "cut")
 
 
 def steps_for(strikes: Sequence[Strike]) -> int:
     """Steps of a run that is long enough for these faults."""
-    between = sum(s.after_steps + BETWEEN_STEPS + (LEAVE_STEPS if s.kind == "preempt" else 0) for s in strikes)
+    between = sum(s.after_steps + BETWEEN_STEPS + (LEAVE_STEPS if s.kind in LEAVING else 0) for s in strikes)
     return FIRST_STEPS + between + LAST_STEPS
 
 

@@ -83,6 +83,8 @@ def run_chaos_command(args: Sequence[str], prog: str | None = None) -> int:
     for name, least in (("faults", 1), ("least", 1), ("slices", 1), ("hosts_per_slice", 1)):
         if getattr(command, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(command, name)}; use {least} or more")
+    if command.slices == 1 and "slice" in command.kinds:
+        raise UsageError("the kind slice takes all hosts of a slice away, and with --slices 1 there is no other")
     if command.most < command.least:
         raise UsageError(f"--most {command.most} is less than --least {command.least}")
     recipe = load_recipe(command.recipe).path
@@ -101,7 +103,7 @@ def _run(command: ChaosCommand, recipe: Path, folder: Path) -> int:
         if not command.json:
             print(text, flush=True)
 
-    kinds = command.kinds or tuple(KINDS)
+    kinds = command.kinds or tuple(kind for kind in KINDS if kind != "slice" or command.slices > 1)
     strikes = schedule(command.seed, command.faults, kinds, command.least, command.most)
     steps = command.steps or steps_for(strikes)
     shape = ("--slices", command.slices, "--hosts-per-slice", command.hosts_per_slice)

@@ -155,7 +155,7 @@ def run_coordinator(args: Sequence[str], prog: str | None = None) -> int:
             dataclasses.replace(command.config, mesh=MeshConfig(**sizes)), job=f"{command.job} {token.digest}"
         )
         try:
-            judge = TableJudge(request, command.config.memory.on_loss, legal)
+            judge = TableJudge(request, command.config.memory.on_loss, legal, f"{command.job} {token.digest}")
             coordinator = Coordinator(options, command.config, judge, directory)
             legal.ask(str(recipe.path), options.arguments, layouts(request), coordinator.not_audited)
             return asyncio.run(_coordinate(coordinator))

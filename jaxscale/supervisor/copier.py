@@ -21,6 +21,7 @@ from jaxscale.supervisor.peers import PeerGone, PeerTimeout, PushResult, Stopped
 from jaxscale.supervisor.retry import BreakerOpen, Change, Retry
 
 PUSH_SECONDS = 60.0
+ATTEMPTS = 3
 RETRY_SECONDS = 5.0
 """A copy of an old step is worth little: the next one is on its way."""
 
@@ -124,7 +125,7 @@ class Copier:
             )
 
         try:
-            result = retry.call(push, seconds=RETRY_SECONDS)
+            result = retry.call(push, seconds=RETRY_SECONDS, attempts=ATTEMPTS)
         except (PeerGone, PeerTimeout, Stopped, AuthenticationError, FrameError, OSError, BreakerOpen) as error:
             return str(error)
         return "" if result.accepted else result.reason

@@ -32,10 +32,12 @@ AUDIT_SECONDS = 60.0
 class TableJudge:
     """The `Judge` of a run: judges by the policy's table, plans worlds of what the recipe asks for."""
 
-    def __init__(self, request: Request, on_loss: Literal["shrink", "wait"], audit: LegalMeshes | None = None) -> None:
+    def __init__(
+        self, request: Request, on_loss: Literal["shrink", "wait"], audit: LegalMeshes | None = None, job: str = ""
+    ) -> None:
         """`audit`: what the request asks whether a mesh is legal, where that has to be waited for."""
         self._request, self._audit = request, audit
-        self._policy = PolicyConfig(on_loss=on_loss)
+        self._policy = PolicyConfig(on_loss=on_loss, job=job)
         self._current: PlannedWorld | None = None
         self._history = History()
         self._left: set[str] = set()

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import struct
 import subprocess
 import sys
 import time
@@ -27,6 +28,8 @@ from jaxscale.supervisor.rpc import Message, NameTaken, Refused, Server, Session
 from jaxscale.supervisor.voter import Voter, ask_from_json, refusal, reply_to_json
 
 LOOK_SECONDS = 0.2
+LASTED_SECONDS = 2.0
+"""A tie that held for longer was one: the next attempt comes at once. A shorter one may break for the same reason."""
 NAME_SECONDS = 10.0
 """How long another agent may have this one's name before that is an error."""
 SILENT_SECONDS = 1.5
@@ -122,7 +125,7 @@ class Link:
         """Runs until it is cancelled. Raises Refused and NameTaken where another attempt would not help."""
         taken_since, failed = 0.0, 0
         while True:
-            address = self._addresses[0]
+            address, tied = self._addresses[0], 0.0
             self._switch.clear()
             try:
                 async with Session(address, self._options.token, self._options.tls) as session:
@@ -130,7 +133,7 @@ class Link:
                     while (message := await self._next(session)) is not None:
                         if not await self._take(session, message):
                             break
-                        taken_since, failed = 0.0, 0
+                        taken_since, tied = 0.0, tied or time.monotonic()
             except NameTaken as error:
                 self._trouble = str(error)
                 # Perhaps by this very host's agent before it died, or by a connection that broke without a sound.
@@ -144,8 +147,19 @@ class Link:
                 self._session = None
             if not self._switch.is_set():  # else there is a better one
                 self._addresses.append(self._addresses.pop(0))
-                failed += 1
-                await asyncio.sleep(pause(LINK_RETRY, failed, random.random()))
+                failed = 1 if tied and time.monotonic() - tied > LASTED_SECONDS else failed + 1
+                rounds = -(-failed // len(self._addresses))
+                await self._pause(pause(LINK_RETRY, rounds, random.random()))
+
+    async def _pause(self, seconds: float) -> None:
+        """So long, or until there is a better coordinator to go to."""
+        waits = [asyncio.ensure_future(self._switch.wait()), asyncio.ensure_future(asyncio.sleep(seconds))]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waits:
+                task.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
 
     async def _next(self, session: Session) -> Message | None:
         """The next message; None when there is another coordinator to go to. Raises Unreachable and Refused."""
@@ -200,7 +214,12 @@ class Link:
         else:
             if do == "welcome":
                 self._session, self._command = session, command
-            await self._obey(message)
+            try:
+                await self._obey(message)
+            except (KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
+                raise Unreachable(
+                    f"the order to {do} of the coordinator at {self._addresses[0]} cannot be obeyed: {error!r}"
+                ) from error
         return True
 
     async def tell_silence(self) -> None:

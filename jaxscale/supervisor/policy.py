@@ -108,6 +108,8 @@ class PolicyConfig:
     """Strikes of one host before its next one costs it its place."""
     crashes: int = 2
     """How often a crash (SIGSEGV and the like) at one and the same step may happen again before it is a bug."""
+    job: str = ""
+    """Whose pauses these are: jobs that fail in one moment must not all come back in one moment."""
     pauses: RetryConfig = field(default_factory=RetryConfig)
     """Before the next attempt with the same hosts: none after a cause's first fault, then longer each time."""
 
@@ -312,6 +314,5 @@ def _action(rule: Rule, fault: Fault, faults: Sequence[Fault], situation: Situat
             break
     if not fault.strikes:
         return Retry()
-    # Jobs whose storage failed in one moment must not all come back in one moment; this stays a pure function, though.
-    mark = f"{situation.reached.step} {fault.strikes} {world.names}"
+    mark = f"{config.job} {situation.reached.step} {fault.strikes} {world.names}"  # chance, and yet a pure function
     return Retry(pause(config.pauses, fault.strikes, zlib.crc32(mark.encode()) / (1 << 32)))

@@ -94,8 +94,10 @@ class _Record:
         (sequence,) = _SEQUENCE.unpack_from(self._map, 0)
         sequence |= 1  # a writer that died here left it odd
         _SEQUENCE.pack_into(self._map, 0, sequence)
-        change(self._map)
-        _SEQUENCE.pack_into(self._map, 0, sequence + 1)
+        try:
+            change(self._map)
+        finally:  # a value that cannot be packed must not make the record unreadable
+            _SEQUENCE.pack_into(self._map, 0, sequence + 1)
 
     def read(self) -> bytes:
         for _ in range(RETRIES):

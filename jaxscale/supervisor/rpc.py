@@ -255,7 +255,10 @@ class Session:
             if code != grpc.StatusCode.OK:
                 raise _translated(code, await self._call.details(), self._address, self._tls)
             return None
-        return decode(data)
+        try:
+            return decode(data)
+        except ValueError as error:
+            raise Unreachable(f"{self._address} says what is no message: {error}") from error
 
 
 async def ask(

@@ -131,6 +131,9 @@ class Transitions:
             if host.work is not None and host.work["epoch"] < self._decided_epoch:
                 host.work = None  # over, as a coordinator before decided
                 self._tell(host.name, do="fence", epoch=self.number - 1)
+        for host in self.hosts.values():
+            if host.is_usable(now):
+                self._judge.came(host.name, self.reached)  # given up, but there: while no world is, nobody else asks
         running = {name: host for name, host in self.hosts.items() if host.work is not None}
         is_early = now - self._began < self.settings.adopt_seconds
         if self.epoch is None and running:

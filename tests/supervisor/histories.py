@@ -4,12 +4,14 @@ Everything that is promised of any history is checked while it runs: states foll
 nothing of a new epoch starts while a worker of an older one may still run on a host that is there.
 """
 
+import json
 from dataclasses import dataclass, field
 
 from jaxscale.axes import AXES
 from jaxscale.supervisor.facts import Finish, Host, Note, Settings, Tell, Verdict, World
 from jaxscale.supervisor.judge import PATIENCE_SECONDS, TableJudge
 from jaxscale.supervisor.machine import Machine
+from jaxscale.supervisor.orders import check
 from jaxscale.supervisor.states import NEXT, State
 from jaxscale.supervisor.worlds import Request
 
@@ -323,6 +325,7 @@ class History:
                         assert self.finish is None, "the run ended twice"
                         self.finish = action
                     case Tell():
+                        check(json.loads(json.dumps(dict(action.message))))  # an agent would refuse it
                         self.told.append((action.host, dict(action.message)))
                         self._obey(self.hosts[action.host], dict(action.message))
 

@@ -81,6 +81,7 @@ def test_only_an_agent_that_was_not_there_in_time_excuses_a_new_epoch(since, lat
     ("flags", "message"),
     [
         (("--kinds", "kil"), "there is no kind of fault 'kil'; kinds are kill, "),
+        (("--slices", "1", "--kinds", "slice"), "with --slices 1 there is no other"),
         (("--faults", "0"), "--faults is 0; use 1 or more"),
         (("--least", "9", "--most", "3"), "--most 3 is less than --least 9"),
         (("--seeds", "3"), "unknown flag --seeds; did you mean --seed?"),

@@ -13,7 +13,7 @@ from peer_samples import JOB, slot_bytes, verify, write_slot
 from jaxscale.checkpoint.cover import Location, Source
 from jaxscale.checkpoint.slot import SlotError, digest_of
 from jaxscale.supervisor import memory_restore
-from jaxscale.supervisor.copier import Copier, Sealed
+from jaxscale.supervisor.copier import ATTEMPTS, Copier, Sealed
 from jaxscale.supervisor.copies import CopyStore
 from jaxscale.supervisor.job_token import child_environment, new_token, write_token
 from jaxscale.supervisor.peer_server import PeerServer
@@ -98,12 +98,12 @@ def sealed(folder, step):
 
 
 def test_a_failure_that_passes_is_retried_and_told_nobody(tmp_path):
-    with peer(tmp_path / "peer") as (address, _), Unsteady(address, 2) as door:
+    with peer(tmp_path / "peer") as (address, _), Unsteady(address, ATTEMPTS - 1) as door:
         with copying({"host-1": door.address}) as (copier, reports, changes):
             copier.sealed(sealed(tmp_path, 1))
             assert reports.get(timeout=SECONDS) == (1, "host-1", "")
             assert changes == []
-        assert door.count == 3
+        assert door.count == ATTEMPTS
         assert (tmp_path / "peer" / "copies" / "host-0" / "gen-1").exists()
 
 
@@ -112,10 +112,14 @@ def test_a_peer_that_fails_again_and_again_is_left_alone_and_that_is_told_once(t
         copier.sealed(sealed(tmp_path, 1))
         step, holder, reason = reports.get(timeout=SECONDS)
         assert (step, holder, bool(reason)) == (1, "host-1", True)
-        assert door.count == FAILURES
-        copier.sealed(sealed(tmp_path, 2))  # of this one it is not even asked
+        assert (door.count, changes) == (ATTEMPTS, [])
+        for step in (2, 3):
+            copier.sealed(sealed(tmp_path, step))
+            assert reports.get(timeout=SECONDS)[0] == step
+        assert door.count == FAILURES  # of the last step it was not even asked
+        copier.sealed(sealed(tmp_path, 4))
         step, _, reason = reports.get(timeout=SECONDS)
-        assert step == 2
+        assert step == 4
         assert "slot server of host-1 was not asked" in reason
         (change,) = changes
         assert change == Change("slot server of host-1", State.CLOSED, State.OPEN, change.reason)

@@ -13,7 +13,7 @@ from loops import SECONDS, run, until
 from jaxscale.supervisor import link as link_module
 from jaxscale.supervisor.ballot import voter_name
 from jaxscale.supervisor.job_token import new_token
-from jaxscale.supervisor.link import SILENT_SECONDS, STAGGER_SECONDS, Link, LinkOptions
+from jaxscale.supervisor.link import LASTED_SECONDS, SILENT_SECONDS, STAGGER_SECONDS, Link, LinkOptions
 from jaxscale.supervisor.orders import FIELDS
 from jaxscale.supervisor.quorum import Acceptor, Decision, Term
 from jaxscale.supervisor.rpc import NameTaken, Refused, Server, Session, ask
@@ -134,14 +134,17 @@ async def linked(tmp_path, address, host="host-1", takeover_after=0.0):
 
     async def obey(message):
         obeyed.append(message["do"])
+        if agent.trouble:
+            raise agent.trouble.pop(0)
 
     voter = Voter(tmp_path / "vote.json", voter_name(host, "1"))
     options = LinkOptions(address, "127.0.0.1", TOKEN, None, takeover_after)
     link = Link(options, voter, lambda: {"kind": "hello"}, obey, lambda _, reason: refused.append(reason))
     await link.start()
     keeping = asyncio.ensure_future(link.stay_connected())
+    agent = SimpleNamespace(link=link, keeping=keeping, obeyed=obeyed, refused=refused, trouble=[])
     try:
-        yield SimpleNamespace(link=link, keeping=keeping, obeyed=obeyed, refused=refused)
+        yield agent
     finally:
         keeping.cancel()
         await asyncio.gather(keeping, return_exceptions=True)
@@ -156,7 +159,7 @@ def kept(tmp_path):
 # Until it finds one
 
 
-def test_it_tries_again_later_and_later_and_at_once_after_it_had_one(tmp_path, pauses):
+def test_it_tries_again_later_and_later_and_at_once_after_it_had_one(tmp_path, pauses, clock):
     doubled = (0.1, 0.2, 0.4, 0.8, 1.0, 1.0)
 
     async def work():
@@ -168,6 +171,7 @@ def test_it_tries_again_later_and_later_and_at_once_after_it_had_one(tmp_path, p
                 await invite(SimpleNamespace(agent=agent), 5, leads=True, address=address)
                 await fake.welcome(5)
                 await until(lambda: agent.obeyed)
+                clock.now += LASTED_SECONDS + 0.1
                 before = pauses.count
             await until(lambda: pauses.count > before)
             assert 0.1 <= pauses.seconds[before] <= 0.12
@@ -338,6 +342,45 @@ def test_a_coordinator_that_says_what_cannot_be_read_ends_no_agent(tmp_path, wor
             assert not agent.keeping.done()
             assert "which cannot be read" in caplog.text
             assert kept(tmp_path).promised == Term(6, "x")
+
+    run(work())
+
+
+def test_nor_one_whose_orders_cannot_be_obeyed_and_it_is_not_asked_again_at_once(tmp_path, pauses):
+    async def work():
+        async with coordinator() as (fake, address), linked(tmp_path, address) as agent:
+            agent.trouble = [KeyError("run"), TypeError("unhashable type: 'list'"), ValueError("no address")]
+            for times in range(1, 5):
+                await fake.welcome(5, times)
+            await until(lambda: len(agent.obeyed) == 4)
+            assert not agent.keeping.done()
+            assert pauses.seconds[2] >= 0.4  # each time later: to be let in and thrown out is no tie
+
+    run(work())
+
+
+def test_what_is_no_message_ends_no_agent(tmp_path):
+    async def work():
+        async with coordinator() as (fake, address), linked(tmp_path, address) as agent:
+            await fake.welcome(5)
+            await until(lambda: agent.obeyed)
+            await fake._send(["x"])
+            await fake.welcome(6, times=2)
+            await until(lambda: agent.obeyed == ["welcome", "welcome"])
+
+    run(work())
+
+
+def test_an_invitation_ends_a_pause(tmp_path, monkeypatch):
+    monkeypatch.setattr(link_module, "pause", lambda *_: SECONDS)
+    monkeypatch.setattr(link_module, "asyncio", asyncio)
+
+    async def work():
+        async with linked(tmp_path, "127.0.0.1:1") as agent, coordinator() as (fake, address):
+            await until(lambda: "127.0.0.1:1" in agent.link._trouble)
+            await invite(SimpleNamespace(agent=agent), 5, leads=True, address=address)
+            await fake.welcome(5)  # in less than the pause, which is as long as the test may be
+            await until(lambda: agent.obeyed)
 
     run(work())
 

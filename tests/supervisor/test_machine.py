@@ -358,6 +358,16 @@ def test_a_host_that_comes_and_goes_does_not_make_the_world_grow():
     assert (history.state, history.machine.number) == (State.RUNNING, 2)
 
 
+@pytest.mark.parametrize(("slices", "each", "how"), [(1, 1, "shrink"), (1, 2, "wait"), (2, 2, "wait")])
+def test_a_silent_host_is_taken_back_when_no_world_is_left(slices, each, how):
+    """By the same agent: it was never restarted, it only could not be heard."""
+    history = History(slices=slices, per_slice=each, judge=table_judge(slices, each, how)).until_running(1).run(2)
+    history.lose("host-0")
+    assert history.run(6).state is State.WAITING
+    history.connect("host-0")
+    history.until_running(2)
+
+
 # A worker hangs
 
 
