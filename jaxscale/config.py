@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 
 EARLY = "early"
+EMULATED_DEVICES = 4096
+"""At most; each costs the process memory and threads."""
 """`run.profile` of some early steps, wherever a start begins."""
 
 
@@ -172,6 +174,7 @@ class OptimConfig:
         for name in ("learning_rate", "adam_learning_rate"):
             flag, value = name.replace("_", "-"), getattr(self, name)
             _require(value > 0, f"optim.{flag} is {value}; it must be positive")
+            _require(value <= 1e4, f"optim.{flag} is {value}; with more than 10000 float32 weights overflow at once")
         _require(0 <= self.ema < 1, f"optim.ema is {self.ema}; a decay lies in [0, 1)")
         _require(0 <= self.final <= 1, f"optim.final is {self.final}; it is a share of the peak, in [0, 1]")
         _require(0 < self.decay <= 1, f"optim.decay is {self.decay}; it is a share of the steps, in (0, 1]")
@@ -352,7 +355,12 @@ class Config:
         for path, value in not_finite(to_dict(self)).items():
             raise ConfigError(f"{path.replace('_', '-')} is {value}; use a finite number")
         _require(self.steps >= 1, f"--steps is {self.steps}; a run has at least 1 step")
+        _require(self.steps < 2**31, f"--steps is {self.steps}; the optimizer counts up to 2147483647")
         _require(self.devices >= 0, f"--devices is {self.devices}; use 0 for the devices there are")
+        _require(
+            self.devices <= EMULATED_DEVICES,
+            f"--devices is {self.devices}; at most {EMULATED_DEVICES} CPU devices are emulated, real ones need no flag",
+        )
         _require(0 <= self.seed < 2**32, f"--seed is {self.seed}; use 0 to 4294967295")
         first = self.run.profile.partition(":")[0]
         _require(

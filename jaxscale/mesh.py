@@ -83,7 +83,12 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     `devices`: default all there are, or the first of them where `--devices` or a CPU mesh file wants fewer.
     Raises MeshError when the devices are not the ones the config names.
     """
-    devices = list(jax.devices()) if devices is None else list(devices)
+    try:
+        devices = list(jax.devices()) if devices is None else list(devices)
+    except RuntimeError as error:
+        raise MeshError(
+            f"JAX has no devices: {error}; another process may hold them, or set JAX_PLATFORMS=cpu to train on the CPU"
+        ) from error
     file = load_mesh_file(config.on) if config.on else None
     devices = _checked(devices, config, file)
     slices = file.slices if file else _slices(devices)

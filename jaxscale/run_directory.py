@@ -197,7 +197,8 @@ def _check(path: Path, config: Config) -> bool:
         name = json.loads((path / CONFIG).read_bytes())["name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunDirectoryError(
-            f"{path / CONFIG} cannot be read ({error!r}); put it back, or give another --run.dir"
+            f"{path / CONFIG} cannot be read ({type(error).__name__}: {error}); put it back (each step in "
+            f"{path / 'checkpoints'} has a copy), or give another --run.dir"
         ) from error
     if name != config.name:
         raise RunDirectoryError(

@@ -170,6 +170,7 @@ def test_help_teaches(capsys):
     [
         (["train", TINY, "--stps", "3"], "unknown flag --stps; did you mean --steps?"),
         (["train", TINY, "--learning_rate=3"], "unknown flag --learning-rate; did you mean --optim.learning-rate?"),
+        (["generate", "run", "--prompt", "--hello"], "if '--hello' is the value of --prompt, write --prompt=--hello"),
         (["train", TINY, "--keep", "5"], "did you mean --checkpoint.keep?"),
         (["train", TINY, "--model.layrs", "3"], "did you mean --model.layers?"),
         (["train", TINY, "--zzzzzzzz"], "nothing comes near it"),

@@ -107,6 +107,9 @@ def test_a_field_that_nothing_reads_would_be_found():
     ("make", "said"),
     [
         (lambda: config(steps=0), "--steps is 0"),
+        (lambda: config(steps=2**31), "counts up to 2147483647"),
+        (lambda: config(devices=100_000_000), "at most 4096 CPU devices are emulated"),
+        (lambda: OptimConfig(learning_rate=1e300), "float32 weights overflow"),
         (lambda: config(devices=-1), "--devices is -1"),
         (lambda: config(seed=-1), "--seed is -1; use 0 to 4294967295"),
         (lambda: config(seed=2**32), "--seed is 4294967296"),

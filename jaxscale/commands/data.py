@@ -69,9 +69,8 @@ def run_data(args: Sequence[str], _prog: str | None = None) -> int:
         workers=command.workers,
     )
     header = built.header
-    print(
-        f"{command.out}: {header.documents:,} documents, {header.tokens:,} tokens from {header.bytes:,} bytes of text"
-    )
+    documents = f"{header.documents:,} document{'s' if header.documents != 1 else ''}"
+    print(f"{command.out}: {documents}, {header.tokens:,} tokens from {header.bytes:,} bytes of text")
     return 0
 
 

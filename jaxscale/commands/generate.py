@@ -132,7 +132,7 @@ def _prompt(command: GenerateCommand, args: Sequence[str]) -> str:
         return command.prompt
     try:
         raw = sys.stdin.buffer.read() if command.prompt_file == "-" else Path(command.prompt_file).read_bytes()
-        return raw.decode("utf-8")
+        return raw.decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"--prompt-file {command.prompt_file!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -146,7 +146,7 @@ def _warn_of_length(command: GenerateCommand, loaded: LoadedRun, prompt: str) ->
     (ids,) = loaded.tokenizer.encode_batch([prompt])
     if len(ids) + command.max_tokens > trained:
         print(
-            f"note: {len(ids)} tokens of prompt and up to {command.max_tokens} more; "
+            f"note: {len(ids)} token{'s' if len(ids) != 1 else ''} of prompt and up to {command.max_tokens} more; "
             f"the model was trained on rows of {trained} tokens and may go astray beyond",
             file=sys.stderr,
         )

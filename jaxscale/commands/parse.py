@@ -31,6 +31,10 @@ class _RefusedWord(Exception):
     """Carries a ConfigError's message past tyro, which replaces the message of every ValueError inside a tuple."""
 
 
+FREE_TEXT = ("--prompt", "--sample.prompt")
+"""Flags whose value may look like a flag."""
+
+
 def parse[T](
     kind: type[T], args: Sequence[str], *, prog: str, description: str, examples: str, default: T | None = None
 ) -> T:
@@ -40,10 +44,16 @@ def parse[T](
     ConfigError with the dataclass's own words where its validation refuses a value.
     """
     known = list(flags(kind, default))
+    before = ""
     for argument in args:  # before tyro, which would rather complain of what is missing
         name = argument.partition("=")[0].replace("_", "-")
         if name.startswith("--") and name not in known and name != "--help":
-            raise _unknown(argument, known, prog)
+            refused = _unknown(argument, known, prog)
+            if before in FREE_TEXT:
+                hint = f"if {argument[:40]!r} is the value of {before}, write {before}={argument[:40]}"
+                raise UsageError(f"{refused}; {hint}")
+            raise refused
+        before = argument
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):

@@ -138,8 +138,10 @@ def _state(status: RunStatus) -> str:
 def _world(status: RunStatus) -> str:
     if not status.hosts:
         return "no worker has begun"
-    axes = " x ".join(f"{axis} {size}" for axis, size in status.mesh.items()) or "every axis 1"
-    return f"epoch {status.epoch}: {_count(len(status.hosts), 'host')} ({', '.join(status.hosts)}), {axes}"
+    hosts = f"epoch {status.epoch}: {_count(len(status.hosts), 'host')} ({', '.join(status.hosts)})"
+    if status.mesh is None:
+        return hosts
+    return f"{hosts}, {' x '.join(f'{axis} {size}' for axis, size in status.mesh.items()) or 'every axis 1'}"
 
 
 def _step(status: RunStatus) -> str:

@@ -133,6 +133,8 @@ def build_inputs(
 
     `replace`: the folder is ours, in the cache; whatever is wrong with it, it is deleted and built again.
     """
+    if out.name in ("", ".."):
+        raise DataError(f"--out {str(out)!r} is no folder that can be made; name one that is not there yet")
     with _exclusive(out, wait):
         if out.exists():
             try:

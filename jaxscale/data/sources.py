@@ -239,7 +239,8 @@ def _read_parquet(source: Input, start: Cursor, text_field: str, size: int) -> I
                 before += table.metadata.row_group(group).num_rows
         except (pa.ArrowException, OSError) as error:
             raise DataError(
-                f"{source.address} is not readable Parquet ({error}); it may be truncated: fetch it again"
+                f"{source.address} is not readable Parquet ({' '.join(str(error).split())}); "
+                "it may be truncated: fetch it again"
             ) from error
 
 

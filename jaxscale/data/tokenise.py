@@ -27,6 +27,10 @@ class Tokenised(NamedTuple):
     consumed: int
 
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""Some editors put it before a text; it is none of it."""
+
+
 def tokenise_block(block: Block, tokenizer: Tokenizer, text_field: str) -> Tokenised:
     """Raises DataError, naming file and line or byte, for text that is not UTF-8, not JSON, or without the field."""
     dtype = token_dtype(tokenizer.vocabulary)
@@ -37,8 +41,9 @@ def tokenise_block(block: Block, tokenizer: Tokenizer, text_field: str) -> Token
             texts += lines
             sizes += [len(text.encode()) for text in lines]
         else:
-            texts.append(_decode(piece.data, piece))
-            sizes.append(len(piece.data))
+            data = piece.data.removeprefix(BYTE_ORDER_MARK) if piece.offset == 0 else piece.data
+            texts.append(_decode(data, piece))
+            sizes.append(len(data))
     end = np.array([tokenizer.end_of_document], dtype)
     documents = tokenizer.encode_batch(texts)
     tokens = np.concatenate([part for ids in documents for part in (ids, end)]) if documents else np.empty(0, dtype)
@@ -58,14 +63,16 @@ def _parse_lines(piece: Piece, text_field: str) -> Iterator[str]:
     offset = piece.offset
     for number, line in enumerate(piece.data.split(b"\n"), piece.line):
         if offset == 0:
-            line = line.removeprefix(b"\xef\xbb\xbf")
+            line = line.removeprefix(BYTE_ORDER_MARK)
         where = Piece(piece.name, number, offset, line)
         offset += len(line) + 1
         if not line.strip():
             continue
         try:
             record = json.loads(_decode(line, where))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except DataError:  # of text that is not UTF-8
+            raise
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
             raise DataError(
                 f"{piece.name}:{number}: not valid JSON ({error}); correct the line (the file may be truncated)"
             ) from error
@@ -88,7 +95,8 @@ def _parse_lines(piece: Piece, text_field: str) -> Iterator[str]:
             text.encode()
         except UnicodeEncodeError as error:
             raise DataError(
-                f"{piece.name}:{number}: the text has half a surrogate pair (\\ud8xx) and is no Unicode"
+                f"{piece.name}:{number}: the text has half a surrogate pair (\\ud8xx) and is no Unicode; "
+                "remove or replace it in the line"
             ) from error
         yield text
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Mapping
@@ -76,8 +77,8 @@ class RunStatus:
     reason: str
     epoch: int
     hosts: tuple[str, ...]
-    mesh: Mapping[str, int]
-    """Axes above 1."""
+    mesh: Mapping[str, int] | None
+    """Axes above 1; None: not known."""
     step: int
     steps: int
     loss: float | None
@@ -135,7 +136,7 @@ class Watcher:
             reason=story.reason,
             epoch=story.epoch,
             hosts=tuple(story.hosts()),
-            mesh={axis: size for axis, size in (config.get("mesh") or {}).items() if (size or 1) > 1},
+            mesh=_mesh(config),
             step=step,
             steps=int(config.get("steps", 0)),
             loss=story.line.get("loss"),
@@ -234,3 +235,14 @@ def _fault(one: Interruption, now: float) -> FaultStatus:
         recovery_seconds=one.seconds(now) if one.back_at else None,
         step=one.back_step or None,
     )
+
+
+def _mesh(config: Mapping[str, Any]) -> dict[str, int] | None:
+    """Axes of more than one device; None where a mesh file or the machine decides (`mesh_sizes.resolve_sizes`)."""
+    given = dict(config.get("mesh") or {})
+    sizes = {axis: size or 1 for axis, size in given.items()}
+    if given.get("fsdp") is None:  # it absorbs what is left
+        if config.get("on") or not config.get("devices"):
+            return None
+        sizes["fsdp"] = config["devices"] // math.prod(sizes.values())
+    return {axis: size for axis, size in sizes.items() if size > 1}

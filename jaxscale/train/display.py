@@ -98,7 +98,8 @@ class Display:
             self._speed.append((float(line["tokens"]), float(line["step_seconds"])))
         evaluation = {name: value for name, value in line.items() if name.startswith("eval_")}
         if evaluation:
-            self.message(f"step {line['step']}: " + ", ".join(f"{_words(k)} {v:.4g}" for k, v in evaluation.items()))
+            found = ", ".join(f"{_words(k)} {_number(v)}" for k, v in evaluation.items())
+            self.message(f"step {line['step']}, evaluation: {found}")
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=line["step"], parts=self._parts())
         elif first or self._clock() - self._printed_at >= LINE_SECONDS:
@@ -182,3 +183,7 @@ def human_seconds(seconds: float) -> str:
 
 def _words(name: str) -> str:
     return name.removeprefix("eval_").replace("_", " ")
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -4,6 +4,7 @@ import errno
 import gzip
 import json
 import os
+from pathlib import Path
 
 import pytest
 from data_samples import make_texts, write_jsonl  # beside this file
@@ -44,6 +45,7 @@ GOOD = json.dumps({"text": "good"}).encode() + b"\n"
             GOOD + b'{"body": "x", "a": 1}\n',
             r"field\.jsonl:2: no field 'text'; the line has a, body: .*text-field",
         ),
+        ("digits.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}\n", r"digits\.jsonl:1: not valid JSON"),
         ("null.jsonl", GOOD + b'{"text": null}\n', r"null\.jsonl:2: field 'text' holds None, not text"),
         ("half.jsonl", GOOD + b'{"text": "\\ud800"}\n', r"half\.jsonl:2: the text has half a surrogate pair"),
         (
@@ -162,3 +164,12 @@ def test_worker_that_dies(tmp_path, monkeypatch):
     monkeypatch.setattr(workers._Worker, "tokenise", dies)
     with pytest.raises(DataError, match=r"a tokenising process ended early \(exit status -9\)"):
         build([str(source)], tmp_path / "out", ByteTokenizer(), workers=2)
+
+
+@pytest.mark.parametrize("out", ["", ".", "/", ".."])
+def test_a_folder_without_a_name_is_refused(out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(DataError, match="is no folder that can be made"):
+        build([str(tmp_path / "a.txt")], Path(out), ByteTokenizer())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

@@ -78,6 +78,13 @@ def test_formats(source, kind, request, tmp_path):
     assert leftovers == {"out", ".out.lock"}
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_byte_order_mark_is_no_text(name, tmp_path, byte_tokenizer):
+    text = "no mark" if name.endswith(".txt") else '{"text": "no mark"}\n'
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    check(build([str(tmp_path / name)], tmp_path / "out", byte_tokenizer), byte_tokenizer, ["no mark"])
+
+
 def test_wide_ids(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
 

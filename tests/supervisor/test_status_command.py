@@ -218,3 +218,18 @@ def test_looking_leaves_no_trace(run):
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     with open(run / ".lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize(
+    ("config", "mesh"),
+    [
+        ({"devices": 8, "mesh": {"data": None, "fsdp": None, "tensor": None}}, {"fsdp": 8}),
+        ({"devices": 8, "mesh": {"data": None, "fsdp": None, "tensor": 2}}, {"fsdp": 4, "tensor": 2}),
+        ({"devices": 8, "mesh": {"data": 2, "fsdp": 4, "tensor": None}}, {"data": 2, "fsdp": 4}),
+        ({"devices": 0, "mesh": {"data": None, "fsdp": None, "tensor": None}}, None),
+        ({"devices": 0, "on": "v5e-256", "mesh": {"data": None, "fsdp": None, "tensor": 2}}, None),
+        ({"devices": 0, "mesh": {"data": 1, "fsdp": 1, "tensor": 1}}, {}),
+    ],
+)
+def test_the_mesh_is_the_one_that_the_config_makes(config, mesh):
+    assert looks._mesh(config) == mesh

@@ -128,11 +128,11 @@ def test_evaluations_compiling_and_messages_have_lines(clock):
     display = Display(10, stream=out, clock=clock)
     display.enter("compile", 0)
     display.write(line(1))
-    display.write(line(2, eval_loss=1.7512, eval_bits_per_byte=2.5))
+    display.write(line(2, eval_loss=1.7512, eval_bits_per_byte=2.5, eval_tokens=250_210))
     display.message("by the way")
     said = out.getvalue()
     assert "compiling" in said.splitlines()[0]
-    assert "step 2: loss 1.751, bits per byte 2.5" in said
+    assert "step 2, evaluation: loss 1.751, bits per byte 2.5, tokens 250,210" in said
     assert "by the way\n" in said
 
 
