@@ -79,6 +79,12 @@ def _report(error: Exception) -> int:
         text = str(error)
     elif _is_full(error):
         text = f"{error}; free some space and run the same command again, it goes on from the last checkpoint"
+    elif _is_out_of_memory(error):
+        text = (
+            f"{str(error).strip().splitlines()[0].rstrip('. ')}: the state of the model and a step's activations have no room on a "
+            "device; use more devices (--mesh.fsdp, --mesh.tensor), more --train.microbatches, --remat.policy full, or "
+            "a smaller model"
+        )
     elif isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}; give a path that exists and can be written"
     else:
@@ -90,6 +96,12 @@ def _report(error: Exception) -> int:
 
 def _is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of a device. By name: this module does without JAX."""
+    text = str(error)
+    return type(error).__name__ == "JaxRuntimeError" and ("RESOURCE_EXHAUSTED" in text or "Out of memory" in text)
 
 
 def _dispatch(arguments: Sequence[str], prog: str | None) -> int:

@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
+from jax.errors import JaxRuntimeError
 
 from jaxscale import __version__
 from jaxscale.cli import main
@@ -247,6 +248,8 @@ class WordedByUs(RuntimeError):
     [
         (ConfigError("no such mesh"), 2, False, "error: no such mesh"),
         (WordedByUs("the save failed"), 1, False, "error: the save failed"),
+        (JaxRuntimeError("INTERNAL: Out of memory allocating 512 bytes.\nmore"), 1, False, "have no room on a device"),
+        (JaxRuntimeError("INTERNAL: a bug"), 1, True, "error: JaxRuntimeError: INTERNAL: a bug"),
         (ZeroDivisionError("by zero"), 1, True, "error: ZeroDivisionError: by zero"),
         (AssertionError(), 1, True, "error: AssertionError"),
         (OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl"), 1, False, "free some space"),
