@@ -80,10 +80,10 @@ def _report(error: Exception) -> int:
     elif _is_full(error):
         text = f"{error}; free some space and run the same command again, it goes on from the last checkpoint"
     elif _is_out_of_memory(error):
+        first = str(error).strip().splitlines()[0].rstrip(". ")
         text = (
-            f"{str(error).strip().splitlines()[0].rstrip('. ')}: the state of the model and a step's activations have no room on a "
-            "device; use more devices (--mesh.fsdp, --mesh.tensor), more --train.microbatches, --remat.policy full, or "
-            "a smaller model"
+            f"{first}: the state of the model and a step's activations have no room on a device; use more devices "
+            "(--mesh.fsdp, --mesh.tensor), more --train.microbatches, --remat.policy full, or a smaller model"
         )
     elif isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}; give a path that exists and can be written"
