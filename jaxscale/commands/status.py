@@ -147,7 +147,7 @@ def _world(status: RunStatus) -> str:
 def _step(status: RunStatus) -> str:
     if status.step_age_seconds is None:
         return f"0 of {status.steps:,}" if status.steps else "none yet"
-    parts = [f"{status.step:,} of {status.steps:,}"]
+    parts = [f"{status.step:,} of {status.steps:,}" if status.steps else f"{status.step:,}"]
     if status.steps_per_second is not None:
         parts.append(f"{status.steps_per_second:.3g} steps/s")
     if status.loss is not None:

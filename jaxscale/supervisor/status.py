@@ -127,7 +127,7 @@ class Watcher:
         stays = life in ("starting", "running", "gone")  # memory goes with the processes that hold it
         return RunStatus(
             run=str(self._run),
-            name=str(config.get("name", "")),
+            name=str(config.get("name", "")) or ("DAMAGED config.json:" if (self._run / CONFIG).exists() else ""),
             is_supervised=self._is_supervised,
             life=life,
             holder=holder,

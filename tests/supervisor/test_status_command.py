@@ -233,3 +233,14 @@ def test_looking_leaves_no_trace(run):
 )
 def test_the_mesh_is_the_one_that_the_config_makes(config, mesh):
     assert looks._mesh(config) == mesh
+
+
+@pytest.mark.parametrize("damaged", ["", "[]", "{"])
+def test_a_damaged_config_is_named_and_nothing_is_made_up(damaged, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(damaged)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(metrics(1.0, 3)) + "\n")
+    assert main(["status", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "DAMAGED config.json" in out
+    assert "not begun" not in out
+    assert " of 0" not in out
