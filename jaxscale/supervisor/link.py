@@ -217,6 +217,7 @@ class Link:
             try:
                 await self._obey(message)
             except (KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
+                logger.warning("an order to %s failed here", do, exc_info=True)  # it may as well be a mistake of ours
                 raise Unreachable(
                     f"the order to {do} of the coordinator at {self._addresses[0]} cannot be obeyed: {error!r}"
                 ) from error
