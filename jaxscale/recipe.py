@@ -92,6 +92,8 @@ def run(path: str) -> NoReturn:
 def _find(path: Path) -> Path:
     if path.is_file():
         return path.resolve()
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"recipe {str(path)!r} is no plain file; give a Python file with a config() in it")
     near = path if path.is_dir() else path.parent
     recipes = sorted(file.name for file in near.glob("*.py")) if near.is_dir() else []
     nearest = difflib.get_close_matches(path.name, recipes, n=1)

@@ -141,6 +141,9 @@ def test_a_missing_file_names_the_nearest(tmp_path):
         load_recipe(tmp_path / "mime.py")
     with pytest.raises(ConfigError, match=r"has mine\.py"):
         load_recipe(tmp_path)
+    os.mkfifo(tmp_path / "pipe.py")
+    with pytest.raises(ConfigError, match=r"pipe\.py' is no plain file"):
+        load_recipe(tmp_path / "pipe.py")
     with pytest.raises(ConfigError, match="not a Python file"):
         load_recipe(GOLDEN / "lm_tiny.txt")
 

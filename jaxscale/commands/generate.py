@@ -115,6 +115,8 @@ def read(args: Sequence[str], prog: str = "jaxscale generate") -> GenerateComman
     given = [flag for flag in ("--prompt", "--prompt-file") if any(_flag(arg) == flag for arg in args)]
     if not given:
         raise UsageError(f"missing: --prompt TEXT (or --prompt-file FILE); see `{prog} --help`")
+    if given == ["--prompt-file"] and not command.prompt_file:
+        raise UsageError("--prompt-file is empty; name a file, or - for standard input")
     if len(given) == 2:
         raise UsageError("--prompt and --prompt-file are both given; give one of the two")
     for name, least in (("samples", 1), ("max_tokens", 1)):

@@ -99,6 +99,7 @@ def status_lines(status: RunStatus) -> list[str]:
         ("step", _step(status)),
         ("memory", _tier(status.memory, _no_memory(status))),
         ("durable", _tier(status.durable, "no checkpoint yet")),
+        ("damaged", ", ".join(f"{_count(count, 'line')} of {name}" for name, count in status.damaged.items())),
         ("faults", f"{status.fault_count:,}; the last ones:" if status.fault_count else "none"),
     ]
     shown = [row for row in rows if row[1] and (status.is_supervised or row[0] not in ("memory", "faults"))]

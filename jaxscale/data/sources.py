@@ -335,7 +335,8 @@ def _find_local(path: str) -> list[Input]:
         else sorted(f for f in glob.glob(expanded, recursive=True) if os.path.isfile(f))
     )
     if not files:
-        raise DataError(f"{path} is not there; give a file, a folder, a glob or a built token folder")
+        what = "is no plain file, and data is read more than once" if os.path.exists(expanded) else "is not there"
+        raise DataError(f"{path or repr(path)} {what}; give a file, a folder, a glob or a built token folder")
     return [_input(file, os.path.getsize(file)) for file in files]
 
 
@@ -353,7 +354,11 @@ def _find_remote(address: str) -> list[Input]:
             return _known_in_folder(address, sizes)
         names = [path] if system.isfile(path) else sorted(system.glob(path)) if glob.has_magic(path) else []
         sizes = {f"{protocol}://{name.lstrip('/')}": system.size(name) for name in names}
-    except (ImportError, ValueError, OSError) as error:
+    except ImportError as error:
+        raise DataError(
+            f"cannot read {address}: {error}; install what is named there, or fetch the file and give its path"
+        ) from error
+    except (ValueError, OSError) as error:
         raise DataError(f"cannot read {address}: {error}") from error
     if not sizes:
         raise DataError(f"{address} is not there; give a file, a folder or a glob")

@@ -204,9 +204,11 @@ def load_tokenizer(spec: str | Path, end_of_document: str = "") -> Tokenizer:
         end_of_document = end_of_document or settings.get("end_of_document", "")
         path = path / _FILE
     if not path.is_file():
-        raise DataError(f"tokenizer {spec!s} is not there; give `bytes`, a tokenizer.json, or a folder that holds one")
+        raise DataError(f"tokenizer {str(spec) or repr('')} is not there; give `bytes`, a tokenizer.json, or a folder that holds one")
     try:
         text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"tokenizer {path} cannot be read ({error.strerror}); give a tokenizer.json") from error
     except UnicodeDecodeError as error:
         raise DataError(f"tokenizer {path} is not UTF-8 (byte {error.start}); give a tokenizer.json") from error
     return FileTokenizer(text, end_of_document, origin=str(path))
@@ -242,10 +244,10 @@ def _load_settings(folder: Path) -> dict[str, Any]:
         return {}
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} is damaged ({error}); save the tokenizer again") from error
-    if not isinstance(settings, dict):
-        raise DataError(f"{path} is damaged (no JSON object); save the tokenizer again")
+    if not isinstance(settings, dict) or not isinstance(settings.get("end_of_document", ""), str):
+        raise DataError(f"{path} is damaged (no JSON object, or its end_of_document no text); save the tokenizer again")
     return settings
 
 

@@ -24,6 +24,8 @@ class Tail:
     def __init__(self, path: Path, offset: int = 0) -> None:
         """`offset`: bytes to pass over, the end of a line."""
         self._path, self._offset = path, offset
+        self.damaged = 0
+        """Lines passed over so far."""
 
     def new(self) -> list[dict[str, Any]]:
         """A line that is still being written comes at a later look; one that is no JSON object is passed over."""
@@ -40,7 +42,10 @@ class Tail:
             data = file.read(size - self._offset)
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
-        return [line for text in whole.splitlines() if (line := _parse(text)) is not None]
+        parsed = [_parse(text) for text in whole.splitlines()]
+        found = [line for line in parsed if line is not None]
+        self.damaged += len(parsed) - len(found)
+        return found
 
 
 class Follower:
@@ -51,6 +56,12 @@ class Follower:
         offsets = offsets or {}
         self._events = Tail(run / EVENTS, offsets.get(EVENTS, 0))
         self._metrics = Tail(run / METRICS, offsets.get(METRICS, 0))
+
+    @property
+    def damaged(self) -> dict[str, int]:
+        """Lines that were passed over, by the file they stand in."""
+        counts = {EVENTS: self._events.damaged, METRICS: self._metrics.damaged}
+        return {name: count for name, count in counts.items() if count}
 
     def new(self) -> list[Told]:
         """What was added since the last look, the earliest first."""

@@ -88,6 +88,8 @@ class RunStatus:
     """Since anything was written."""
     memory: TierStatus | None
     durable: TierStatus | None
+    damaged: Mapping[str, int]
+    """Lines that could not be read, by file; what they said is missing above."""
     fault_count: int
     faults: tuple[FaultStatus, ...]
     """The last ones, oldest first."""
@@ -145,6 +147,7 @@ class Watcher:
             quiet_seconds=max(0.0, now - story.last_at) if story.last_at else None,
             memory=_tier(story.sealed.get("memory") if stays else None, step, now),
             durable=_tier(_durable(self._run / "checkpoints"), step, now),
+            damaged=self._follower.damaged,
             fault_count=len(faults),
             faults=tuple(_fault(one, now) for one in faults[-FAULTS:]),
         )

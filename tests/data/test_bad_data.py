@@ -78,6 +78,9 @@ def test_missing(tmp_path):
     refused(tmp_path, tmp_path / "*.jsonl", r"\*\.jsonl is not there")
     refused(tmp_path, "memory://no-such-place/a.jsonl", r"memory://no-such-place/a\.jsonl is not there")
     refused(tmp_path, "nosuchprotocol://a.jsonl", r"cannot read nosuchprotocol://a\.jsonl")
+    refused(tmp_path, "", r"'' is not there")
+    os.mkfifo(tmp_path / "pipe.txt")
+    refused(tmp_path, tmp_path / "pipe.txt", r"pipe\.txt is no plain file")
     (tmp_path / "folder").mkdir()
     refused(tmp_path, tmp_path / "folder", r"holds no file of a known format")
     (tmp_path / "folder" / "a.txt").write_text("")
@@ -85,6 +88,17 @@ def test_missing(tmp_path):
     refused(tmp_path, tmp_path / "folder", r"a\.txt is empty")
     with pytest.raises(DataError, match="is named 2 times"):
         build([str(tmp_path / "folder" / "b.txt")] * 2, tmp_path / "out", ByteTokenizer())
+
+
+def test_an_address_whose_package_is_not_installed(tmp_path, monkeypatch):
+    import fsspec.registry
+
+    monkeypatch.setitem(
+        fsspec.registry.known_implementations,
+        "faraway",
+        {"class": "no_such_package.FileSystem", "err": "FarawayFileSystem needs no_such_package"},
+    )
+    refused(tmp_path, "faraway://host/a.jsonl", "cannot read faraway:.* needs no_such_package; install what is named")
 
 
 def test_parquet(tmp_path, monkeypatch):

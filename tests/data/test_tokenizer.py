@@ -137,6 +137,11 @@ def test_end_of_document_by_name():
 def test_bad_specs(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.json is not there"):
         load_tokenizer(tmp_path / "nowhere.json")
+    with pytest.raises(DataError, match="tokenizer '' is not there"):
+        load_tokenizer("")
+    (tmp_path / "tokenizer_settings.json").write_text('{"end_of_document": 3}')
+    with pytest.raises(DataError, match=r"tokenizer_settings\.json is damaged"):
+        load_tokenizer(tmp_path)
     (tmp_path / "bad.json").write_text('{"model": 3}')
     with pytest.raises(DataError, match=r"bad\.json is nothing that the tokenizers library can read"):
         load_tokenizer(tmp_path / "bad.json")

@@ -175,6 +175,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(run, capsys, tmp_path):
         ([folder, "--prompt", "x", "--prompt-file", "y"], "give one of the two"),
         ([folder, "--prompt-file", tmp_path / "none.txt"], "cannot be read: No such file"),
         ([folder, "--prompt-file", tmp_path / "latin.txt"], "is not UTF-8 (byte 3)"),
+        ([folder, "--prompt-file", ""], "--prompt-file is empty; name a file, or - for"),
         ([folder, "--prompt", "x", "--samples", "0"], "--samples is 0; use 1 or more"),
         ([folder, "--prompt", "x", "--max-tokens", "0"], "--max-tokens is 0; use 1 or more"),
         ([folder, "--prompt", "x", "--top-p", "0"], "top-p is 0.0"),

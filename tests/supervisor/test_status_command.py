@@ -244,3 +244,18 @@ def test_a_damaged_config_is_named_and_nothing_is_made_up(damaged, tmp_path, cap
     assert "DAMAGED config.json" in out
     assert "not begun" not in out
     assert " of 0" not in out
+
+
+def test_damaged_lines_are_counted_and_what_is_whole_is_shown(run, capsys):
+    metrics_file = run / "metrics.jsonl"
+    metrics_file.write_bytes(b"\xff\x00\n{broken\n" + metrics_file.read_bytes())
+    assert main(["status", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "damaged 2 lines of metrics.jsonl" in out
+    assert "25 of 30" in out
+    assert look(run).damaged == {"metrics.jsonl": 2}
+
+
+def test_a_whole_run_has_no_damaged_lines(run, capsys):
+    assert main(["status", str(run)]) == 0
+    assert "damaged" not in capsys.readouterr().out
