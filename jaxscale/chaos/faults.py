@@ -21,6 +21,8 @@ from jaxscale.testing.cluster import RunningCluster
 
 HEADER_BYTES = 4096
 """Of a slot, at most: what is damaged lies behind it."""
+SPARE = -1
+"""The slice that a spare host says it is in."""
 SEEN_SECONDS = 60.0
 """Within which the supervisor has to react, where a fault has a second part that waits for that."""
 
@@ -130,7 +132,8 @@ def _cut_off(cluster: RunningCluster, draw: random.Random) -> str:
 def _lose_slice(cluster: RunningCluster, draw: random.Random) -> str:
     names = [cluster.worker(rank)[0] for rank in range(cluster.members())]
     slices = {event["host"]: event["slice"] for event in cluster.events("agent_started")}
-    lost = slices[draw.choice(names)]
+    # A spare is in no slice, also while it stands in for a lost host of one.
+    lost = draw.choice(sorted({slices[name] for name in names if slices[name] >= 0} or {SPARE}))
     hosts = [name for name in names if slices[name] == lost]
     for host in hosts:
         cluster.kill_host(host)

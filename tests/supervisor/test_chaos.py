@@ -1,6 +1,7 @@
 """The chaos command without a cluster: its schedule, and what it refuses."""
 
 import random
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
@@ -90,3 +91,31 @@ def test_only_an_agent_that_was_not_there_in_time_excuses_a_new_epoch(since, lat
 def test_bad_flags_are_refused(capsys, flags, message):
     assert main(["chaos", "recipes/lm_nano.py", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_lost_slice_is_one_of_the_cluster_and_not_a_spare_that_stands_in():
+    class Cluster:
+        hosts: ClassVar = ["host-0", "spare-0", "host-2", "host-3"]
+
+        def members(self):
+            return 4
+
+        def worker(self, rank):
+            return self.hosts[rank], 7
+
+        def events(self, kind):
+            slices = {"host-0": 0, "host-1": 0, "host-2": 1, "host-3": 1, "spare-0": -1}
+            return [{"host": host, "slice": number} for host, number in slices.items()]
+
+        def __init__(self):
+            self.lost = []
+
+        def kill_host(self, host):
+            self.lost.append(host)
+
+    lost = set()
+    for seed in range(20):
+        cluster = Cluster()
+        KINDS["slice"].hurt(cluster, random.Random(seed))
+        lost.add(tuple(cluster.lost))
+    assert lost == {("host-0",), ("host-2", "host-3")}
