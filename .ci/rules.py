@@ -1,7 +1,8 @@
 """Rules of the house that no linter knows. Prints each offence and exits 1 if there is one.
 
 No file of jaxscale/ is longer than 400 lines; no file is called utils.py; constraints.txt holds `name==version` lines
-only; no file that git knows of names a place on somebody's machine or the host of a package registry.
+only; private parts of JAX are used in jaxscale/jax_private.py alone; no file that git knows of names a place on
+somebody's machine or the host of a package registry.
 """
 
 import re
@@ -23,6 +24,7 @@ FORBIDDEN = re.compile(
         )
     )
 )
+PRIVATE, PRIVATE_HOME = re.compile(r"\bjax(?:lib)?\._(?!_)"), "jaxscale/jax_private.py"
 CONSTRAINT = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!-]+")
 
 
@@ -56,6 +58,8 @@ def check(name: str, path: Path) -> list[str]:
     for number, line in enumerate(lines, 1):
         if match := FORBIDDEN.search(line):
             found.append(f"{name}:{number}: {match.group()!r} holds only on one machine or names a package host")
+        if name.startswith("jaxscale/") and name != PRIVATE_HOME and PRIVATE.search(line):
+            found.append(f"{name}:{number}: a private part of JAX; put the call into {PRIVATE_HOME}")
         if name == "constraints.txt" and not CONSTRAINT.fullmatch(line):
             found.append(f"{name}:{number}: {line!r} is not name==version")
     return found

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 EARLY = "early"
+"""`run.profile` of some early steps, wherever a start begins."""
 EMULATED_DEVICES = 4096
 """At most; each costs the process memory and threads."""
-"""`run.profile` of some early steps, wherever a start begins."""
 
 
 class ConfigError(ValueError):

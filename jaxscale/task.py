@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import jax
+
+if TYPE_CHECKING:
+    from jaxscale.checkpoint.stored_layout import StoredLayout
 
 Params = dict[str, Any]  # nested dict of arrays; a parameter's path joins the keys with "/"
 Batch = Mapping[str, jax.Array]  # tokens, targets, segment_ids, positions, loss_weight: (B, S); row: (B,)
@@ -48,6 +51,11 @@ class Task(Protocol):
     @property
     def vocabulary(self) -> int:
         """Token ids that the task accepts: 0 to vocabulary - 1."""
+        ...
+
+    @property
+    def stored_layout(self) -> StoredLayout | None:
+        """How checkpoints have the state; None: as the program has it."""
         ...
 
     def init(self, key: jax.Array) -> Params:

@@ -14,6 +14,7 @@ import jax
 
 from jaxscale import audit
 from jaxscale import config as config_library
+from jaxscale.checkpoint.stored_layout import restoring, storing
 from jaxscale.config import Config
 from jaxscale.data.corpora import Corpora, open_corpora
 from jaxscale.data.evaluation import HeldOut, evaluation_batches, held_out
@@ -63,7 +64,8 @@ def run_worker(config: Config, world: World, restore: Restore, sinks: Sinks, hoo
         abstract = abstract_state(config, task, optimizer)
         check_hooks(task, hooks, abstract["params"], abstract_batches(config, mesh))
 
-        restored = restore(abstract)
+        sinks = storing(task.stored_layout, sinks)
+        restored = restoring(task.stored_layout, restore)(abstract)
         state, record, notes = _state_and_record(config, task, optimizer, corpora, here, abstract, restored)
         record = replace(record, epoch=world.epoch)
         notes += filter(None, [profile.note(config.run.profile, record.step, config.steps)])

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 from jaxscale import world_watch
+from jaxscale.jax_private import world_state
 from jaxscale.train.protocols import World
 from jaxscale.world_address import WorldError as WorldError
 from jaxscale.world_address import did_not_form, free_port, hold_port
@@ -99,7 +100,7 @@ def join(world: World | None, timeout_seconds: int = JOIN_SECONDS) -> World:
     finally:
         undo()
         alarm.cancel()
-    state = _state()
+    state = world_state()
     world = World(processes=state.num_processes, index=state.process_id, address=state.coordinator_address)
     if world.processes > 1:
         threading.Thread(target=_follow_failures, args=(world,), name="follow-failures", daemon=True).start()
@@ -115,7 +116,7 @@ def leave(world: World) -> None:
         barrier(world, "end of the run", LEAVE_SECONDS)
         _leaving.set()
         with contextlib.suppress(RuntimeError):  # The first one ends all the threads that follow failures.
-            _state().client.key_value_set(FAILED_KEY, "")
+            world_state().client.key_value_set(FAILED_KEY, "")
     jax.distributed.shutdown()
     while _undo:
         _undo.pop()()
@@ -140,7 +141,7 @@ def abandon(world: World, reason: str) -> None:
     _leaving.set()
     with contextlib.suppress(RuntimeError):  # Another process failed first, or the service is gone: they know already.
         text = f"process {world.index} of {world.processes} failed: {reason}"
-        _state().client.key_value_set(FAILED_KEY, text)
+        world_state().client.key_value_set(FAILED_KEY, text)
     # Handlers run last in, first out: this one comes before JAX's, which would wait for processes that never come.
     atexit.register(_end, world)
     # Python waits for threads before it runs such handlers, and a save's threads may wait for a process that is gone.
@@ -191,7 +192,7 @@ def barrier(world: World, name: str, timeout_seconds: float = ANSWER_SECONDS) ->
     if world.processes == 1:
         return
     try:
-        _state().client.wait_at_barrier(f"jaxscale/barrier/{next(_calls)}/{name}", int(timeout_seconds * 1000))
+        world_state().client.wait_at_barrier(f"jaxscale/barrier/{next(_calls)}/{name}", int(timeout_seconds * 1000))
     except RuntimeError as error:
         # JAX names them in no order.
         late = str(error).partition("timed out task names:")[2]
@@ -210,7 +211,7 @@ def broadcast_json(world: World, value: Any, timeout_seconds: float = ANSWER_SEC
         return json.loads(text)
     key = f"jaxscale/broadcast/{next(_calls)}"
     if world.is_writer:
-        _state().client.key_value_set(key, text)
+        world_state().client.key_value_set(key, text)
     else:
         text = _get(key, f"a value that process 0 broadcasts ({key})", timeout_seconds)
     return json.loads(text)
@@ -221,7 +222,7 @@ def gather_text(world: World, text: str, timeout_seconds: float = ANSWER_SECONDS
     if world.processes == 1:
         return [text]
     key = f"jaxscale/gather/{next(_calls)}"
-    _state().client.key_value_set(f"{key}/{world.index}", text)
+    world_state().client.key_value_set(f"{key}/{world.index}", text)
     texts: list[str] = []
     if world.is_writer:
         texts = [_get(f"{key}/{index}", f"process {index}", timeout_seconds) for index in range(world.processes)]
@@ -279,10 +280,10 @@ class Agreement:
 
     def _wake(self, processes: Iterable[int], why: str) -> None:
         for process in processes:
-            _state().client.key_value_set(f"{self._key}/wake/{process}", why, allow_overwrite=True)
+            world_state().client.key_value_set(f"{self._key}/wake/{process}", why, allow_overwrite=True)
 
     def _listen(self) -> None:
-        client = _state().client
+        client = world_state().client
         try:
             why = _get(f"{self._key}/wake/{self._world.index}", "", FOREVER_SECONDS)
             with self._lock:
@@ -298,7 +299,7 @@ class Agreement:
 
 def _watch(world: World) -> None:
     """From here on this process notices when another one dies without a word."""
-    client = _state().client
+    client = world_state().client
     _undo.append(world_watch.on_abort(lambda: _aborted(world)))
     if world.is_writer:
 
@@ -343,7 +344,7 @@ def _end_because(world: World, reason: str) -> None:
 def _follow_failures(world: World) -> None:
     """Ends this process when another one says that it failed: the main thread may hang in a collective with it."""
     try:
-        reason = _state().client.blocking_key_value_get(FAILED_KEY, FOREVER_SECONDS * 1000)
+        reason = world_state().client.blocking_key_value_get(FAILED_KEY, FOREVER_SECONDS * 1000)
     except RuntimeError:  # The service is gone, with process 0; JAX's own client ends this process then.
         return
     if reason and not _leaving.is_set():
@@ -359,7 +360,7 @@ def _end(world: World) -> None:
     _ending.acquire()  # for good: whoever comes second waits here until the process is gone
     sys.stdout.flush()
     sys.stderr.flush()
-    client = _state().client
+    client = world_state().client
     deadline = time.monotonic() + END_SECONDS
     with contextlib.suppress(RuntimeError):
         gone = client.key_value_increment(GONE_KEY, 0 if world.is_writer else 1)
@@ -371,20 +372,10 @@ def _end(world: World) -> None:
 
 def _get(key: str, what: str, timeout_seconds: float) -> str:
     try:
-        return str(_state().client.blocking_key_value_get(key, int(timeout_seconds * 1000)))
+        return str(world_state().client.blocking_key_value_get(key, int(timeout_seconds * 1000)))
     except RuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise WorldError(f"waiting for {what} failed: {error}") from error
         raise WorldError(
             f"waited {timeout_seconds:g} s for {what}; its process is gone, hung, or much slower"
         ) from error
-
-
-def _state() -> Any:
-    """JAX's record of the world, with the coordination service's client: the only private name of JAX used here.
-
-    There is no public one for its key-value store and barriers; tests/test_world.py holds the contract.
-    """
-    from jax._src.distributed import global_state
-
-    return global_state

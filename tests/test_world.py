@@ -93,7 +93,7 @@ def test_contract_with_jax():
     """The private names of JAX that world.py uses."""
     from jaxlib import _jax
 
-    state = worlds._state()
+    state = worlds.world_state()
     assert (state.client, state.num_processes, state.process_id, state.coordinator_address) == (None, 1, 0, None)
     names = ["key_value_set", "key_value_increment", "blocking_key_value_get", "wait_at_barrier"]
     assert [name for name in names if not callable(getattr(_jax.DistributedRuntimeClient, name, None))] == []

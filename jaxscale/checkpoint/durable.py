@@ -19,6 +19,8 @@ import jax
 
 from jaxscale import tree
 from jaxscale.checkpoint import agree, layout, leftovers
+from jaxscale.checkpoint.patience import STORAGE_SECONDS, Patience, may_pass
+from jaxscale.retry import Retry
 from jaxscale.train.protocols import Record
 
 logger = logging.getLogger(__name__)
@@ -98,6 +100,10 @@ class DurableCheckpoints:
             self._start(step, state, record, final)
         if final:
             self._settle(wait=True)
+            patience = Patience(f"saving step {step}")
+            while self._failure is not None and patience.waits(self._failure[1]):
+                self._start(step, state, record, final)
+                self._settle(wait=True)
             self._raise_failure()
 
     def close(self, limit_seconds: float | None = None) -> None:
@@ -158,7 +164,8 @@ class DurableCheckpoints:
         if jax.process_index() != 0:
             return
         self._before_seal()
-        size = layout.seal(layout.step_folder(self._folder, record.step), record, arrays)
+        seal = partial(layout.seal, layout.step_folder(self._folder, record.step), record, arrays)
+        size = Retry("durable tier", transient=may_pass).call(seal, seconds=STORAGE_SECONDS)
         seconds = time.monotonic() - started
         logger.info("saved step %d: %.1f MB in %.2f s", record.step, size / 1e6, seconds)
         self._say(

@@ -158,7 +158,11 @@ def check_files(path: Path) -> Manifest:
 
     Raises DamagedCheckpoint and names the file.
     """
-    if not (path / COMMIT_FILE).is_file():
+    try:
+        is_finished = (path / COMMIT_FILE).is_file()
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path / COMMIT_FILE} cannot be read ({error.strerror})") from error
+    if not is_finished:
         raise DamagedCheckpoint(f"{path} has no {COMMIT_FILE}: its save was never finished")
     manifest = read_manifest(path)
     for name, size in manifest.files.items():

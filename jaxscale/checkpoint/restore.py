@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxscale import tree
 from jaxscale.checkpoint import agree, layout
 from jaxscale.checkpoint.durable import describe, load_orbax
 from jaxscale.checkpoint.layout import DamagedCheckpoint, list_steps, newest_step
+from jaxscale.checkpoint.patience import Patience
 from jaxscale.config import ConfigError
 from jaxscale.train.protocols import Record
 
@@ -39,9 +41,14 @@ def restore(folder: Path, step: int, abstract_state: Mapping[str, Any]) -> tuple
 
     `abstract_state`: nested dict of `jax.ShapeDtypeStruct` with shardings, on any mesh and any number of devices; all
     processes of the world call this. Returns the state as `jax.Array`s of exactly these shapes, dtypes and shardings.
-    Raises StateMismatch (lists what differs) and DamagedCheckpoint, on all processes alike.
+    Raises StateMismatch (lists what differs) and DamagedCheckpoint, on all processes alike; the latter for storage that
+    is away only after `patience.STORAGE_SECONDS`.
     """
     path = layout.step_folder(folder.absolute(), step)
+    return Patience(f"reading {path}").call(lambda: _restore(path, abstract_state), DamagedCheckpoint)
+
+
+def _restore(path: Path, abstract_state: Mapping[str, Any]) -> tuple[dict[str, Any], Record]:
     _raise_together(lambda: _compare(path, layout.check_files(path).arrays, describe(abstract_state), whole=True))
     record = _raise_together(lambda: layout.read_record(path))
     return _load(path, abstract_state, partial=False), record
@@ -83,11 +90,17 @@ def restore_params(
     average where the checkpoint has one. Raises StateMismatch and DamagedCheckpoint as `restore` does.
     """
     path = layout.step_folder(folder.absolute(), step)
+    read = partial(_restore_params, path, abstract_params, average)
+    return Patience(f"reading {path}").call(read, DamagedCheckpoint)
+
+
+def _restore_params(path: Path, abstract_params: Mapping[str, Any], average: bool) -> dict[str, Any]:
     manifest = _raise_together(lambda: layout.check_files(path))
     branch = "ema" if average and any(name.startswith("ema/") for name in manifest.arrays) else "params"
     wanted = {branch: abstract_params}
     _raise_together(lambda: _compare(path, manifest.arrays, describe(wanted), whole=False))
-    return _load(path, wanted, partial=True)[branch]
+    found: dict[str, Any] = _load(path, wanted, partial=True)[branch]
+    return found
 
 
 def differences(saved: layout.Arrays, wanted: layout.Arrays) -> list[str]:

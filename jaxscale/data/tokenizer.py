@@ -204,7 +204,9 @@ def load_tokenizer(spec: str | Path, end_of_document: str = "") -> Tokenizer:
         end_of_document = end_of_document or settings.get("end_of_document", "")
         path = path / _FILE
     if not path.is_file():
-        raise DataError(f"tokenizer {str(spec) or repr('')} is not there; give `bytes`, a tokenizer.json, or a folder that holds one")
+        raise DataError(
+            f"tokenizer {spec or repr('')} is not there; give `bytes`, a tokenizer.json, or a folder with one"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

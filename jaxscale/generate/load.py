@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxscale import axes, tree
 from jaxscale.audit import audit
 from jaxscale.checkpoint.layout import list_steps, read_record, step_folder
 from jaxscale.checkpoint.restore import restore_params
+from jaxscale.checkpoint.stored_layout import loaded
 from jaxscale.config import Config, MeshConfig
 from jaxscale.config_file import config_from_dict
 from jaxscale.data.tokenizer import Tokenizer, load_tokenizer
@@ -69,7 +71,11 @@ def load_run(run: Path, step: int, *, on: str, devices: int, mesh: MeshConfig) -
         abstract = jax.eval_shape(task.init, jax.random.key(0))
         if average:  # kept in float32 whatever the weights are
             abstract = jax.tree.map(lambda x: x.update(dtype=jnp.float32), abstract)
-        params = restore_params(run / "checkpoints", step, abstract, average=average)
+
+        def load(stored: Mapping[str, Any]) -> dict[str, Any]:
+            return {"params": restore_params(run / "checkpoints", step, stored["params"], average=average)}
+
+        params = loaded(task.stored_layout, {"params": abstract}, load)["params"]
         params = _in_compute_dtype(config, task)(params)
     return LoadedRun(config, step, task, params, tokenizer, made)
 

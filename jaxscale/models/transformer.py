@@ -50,6 +50,10 @@ class TransformerTask:
         return self.model.vocabulary
 
     @property
+    def stored_layout(self) -> None:
+        """Programs have the layers as checkpoints do."""
+
+    @property
     def parameters(self) -> dict[str, Parameter]:
         model = self.model
         layer = {

@@ -20,6 +20,7 @@ from typing import Any
 
 from jaxscale.cache import cache_folder
 from jaxscale.checkpoint.slot import verify
+from jaxscale.retry import Change
 from jaxscale.supervisor.children import Child, Exit, ZygoteFailed, become_subreaper
 from jaxscale.supervisor.copier import Copier, Sealed
 from jaxscale.supervisor.copies import CopyStore
@@ -34,7 +35,6 @@ from jaxscale.supervisor.mailbox import Letters
 from jaxscale.supervisor.maintenance import Maintenance, notice
 from jaxscale.supervisor.peer_server import PeerServer
 from jaxscale.supervisor.records import VERDICTS, VerdictRecord, Verdicts
-from jaxscale.supervisor.retry import Change
 from jaxscale.supervisor.rpc import VERSION, Tls
 from jaxscale.supervisor.voter import host_voter
 from jaxscale.supervisor.worker_view import WorkerView
@@ -305,8 +305,7 @@ class Agent:
     def _tell_exit(self, kind: str, child: Child, exit: Exit) -> None:
         self._read_mail()  # its last words came before its end
         words = self._last_words.pop(child.pid, {})
-        fields: dict[str, Any] = {"code": exit.code, "signal": exit.signal, "fenced": child.was_killed}
-        fields |= self._view.place(child.pid)
+        fields = {**child.how(), **self._view.place(child.pid)}
         if exit == Exit(None, None) and "reason" in words:  # inherited: its code went to nobody, its words came here
             fields["code"] = ExitReason[words["reason"]].value
         self._say(f"{kind}_exit", **{**words, **fields, "epoch": child.epoch})
@@ -374,7 +373,7 @@ class Agent:
 
     def _breaker_changed(self, change: Change) -> None:
         """Called in a thread of the copier."""
-        detail = f"{self._options.host}: {change.name}: {change.before} -> {change.after}: {change.reason}"
+        detail = f"{self._options.host}: {change}"
         self._loop.call_soon_threadsafe(lambda: self._say("alarm", what="breaker", detail=detail))
 
     def _turned_away(self, address: str, reason: str) -> None:

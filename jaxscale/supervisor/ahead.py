@@ -1,8 +1,9 @@
 """Compiles the programs of the next smaller world from inside the running one, so that a shrink compiles nothing.
 
-A worker of rank r compiles what rank r of the smaller world will run, over the first devices of its own world: their
-ids, and the ranks of those who hold them, will be the same. It happens in a thread of low priority, once the run is
-under way. Read next: `programs.py`.
+Each worker compiles what any rank of the smaller world will run, over the first devices of its own world: their ids,
+and the ranks of those who hold them, will be the same. Nobody knows who will be in that world, so all do it, also those
+that hold none of these devices. It happens in a thread of low priority, once the run is under way. Read next:
+`programs.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from jaxscale.mesh import make_mesh
 from jaxscale.optim.build import make_optimizer
 from jaxscale.recipe import Hooks
 from jaxscale.supervisor.programs import StoredPrograms, program_identity
+from jaxscale.train.evaluate import make_evaluate
 from jaxscale.train.hooks import with_step_metrics
 from jaxscale.train.state import abstract_state
 from jaxscale.train.step import make_step
@@ -41,10 +43,10 @@ logger = logging.getLogger(__name__)
 class CompileAhead:
     """A thread that compiles for `smaller`, the world after the next loss."""
 
-    def __init__(self, config: Config, hooks: Hooks, rank: int, folder: Path, smaller: Mapping[str, Any]) -> None:
+    def __init__(self, config: Config, hooks: Hooks, folder: Path, smaller: Mapping[str, Any]) -> None:
         """`smaller`: `mesh` (axis sizes), `devices` (to emulate, 0 = real) and `processes` of that world."""
         self._config = dataclasses.replace(config, mesh=MeshConfig(**smaller["mesh"]), devices=smaller["devices"])
-        self._hooks, self._rank, self._folder = hooks, rank, folder
+        self._hooks, self._folder = hooks, folder
         self._processes = int(smaller["processes"])
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="compile-ahead", daemon=True)
@@ -73,32 +75,40 @@ class CompileAhead:
         devices = [device for device in jax.devices() if device.process_index < self._processes]
         mesh = make_mesh(config, devices)
         with jax.set_mesh(mesh):
-            identity = program_identity(config, self._rank, self._processes, devices)
-            programs = StoredPrograms(self._folder, identity, devices)
-            batch = abstract_batch(config, mesh, self._step)
-            name = step_name(batch)
-            if programs.path(name).exists():
-                return
-            task = with_step_metrics(config.model.task(config), self._hooks)
-            optimizer = make_optimizer(config.optim, task.parameters, config.steps)
-            state = abstract_state(config, task, optimizer)
-            number = jax.ShapeDtypeStruct((), "int32")
-            step: Any = make_step(config, task, optimizer)
-            programs.get(name, lambda: step.lower(state, batch, number))
-            logger.info("compiled ahead for a world of %d processes: %s", self._processes, name)
+            programs = StoredPrograms(self._folder, program_identity(config, self._processes, devices), devices)
+            for name, lower in self._wanted(config, mesh):
+                if not programs.path(name).exists() and not self._ending.is_set():
+                    programs.get(name, lower)
+                    logger.info("compiled ahead for a world of %d processes: %s", self._processes, name)
+
+    def _wanted(self, config: Config, mesh: jax.sharding.Mesh) -> list[tuple[str, Callable[[], jax.stages.Lowered]]]:
+        """Names of programs, as the loop asks for them, and how they are lowered."""
+        task = with_step_metrics(config.model.task(config), self._hooks)
+        optimizer = make_optimizer(config.optim, task.parameters, config.steps)
+        state = abstract_state(config, task, optimizer)
+        number = jax.ShapeDtypeStruct((), "int32")
+        step: Any = make_step(config, task, optimizer)
+        phase = phase_at_step(phases(config), self._step)
+        trained = abstract_batch(config, mesh, phase.batch, phase.sequence)
+        wanted = [(program_name("train step", trained), lambda: step.lower(state, trained, number))]
+        if config.data.held_out_documents:
+            evaluate: Any = make_evaluate(task)
+            judged = abstract_batch(config, mesh, config.data.batch, config.data.sequence)
+            params = state["ema"] if "ema" in state else state["params"]
+            wanted.append((program_name("evaluate", judged), lambda: evaluate.lower(params, judged)))
+        return wanted
 
 
-def step_name(batch: Mapping[str, Any]) -> str:
-    """Name of the step's program for batches of this shape, as the loop asks for it."""
-    return f"train step {'x'.join(map(str, batch['tokens'].shape))}"
+def program_name(what: str, batch: Mapping[str, Any]) -> str:
+    """Name of the program of `what` for batches of this shape."""
+    return f"{what} {'x'.join(map(str, batch['tokens'].shape))}"
 
 
-def abstract_batch(config: Config, mesh: jax.sharding.Mesh, step: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of the batch of a step on a mesh, as the loader makes them."""
-    phase = phase_at_step(phases(config), step)
-    rows = axes.padded_batch(phase.batch, config.train.microbatches, axes.batch_shards(mesh.shape))
+def abstract_batch(config: Config, mesh: jax.sharding.Mesh, batch: int, sequence: int) -> dict[str, Any]:
+    """Shapes and shardings (`jax.ShapeDtypeStruct`) of `batch` rows on a mesh, as the loader makes them."""
+    rows = axes.padded_batch(batch, config.train.microbatches, axes.batch_shards(mesh.shape))
     tokens, row = NamedSharding(mesh, TOKEN_SPEC), NamedSharding(mesh, ROW_SPEC)
-    shape = (rows, phase.sequence)
+    shape = (rows, sequence)
     names = ("tokens", "targets", "segment_ids", "positions")
     integers = {name: jax.ShapeDtypeStruct(shape, "int32", sharding=tokens) for name in names}
     weight = jax.ShapeDtypeStruct(shape, "float32", sharding=tokens)

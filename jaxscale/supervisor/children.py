@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxscale.supervisor.memory_kills import MemoryKills
 from jaxscale.supervisor.process_stat import FLAGS, stat_of
 from jaxscale.supervisor.zygote import MESSAGE_BYTES, ForkError
 
@@ -70,8 +71,11 @@ class Child:
         self.exit: Exit | None = None
         self.was_killed = False
         """Whether `kill` found it alive."""
+        self.lacked_memory = False
+        """Whether the kernel killed it because memory ran out."""
         self._ended = ended
         self._file = os.pidfd_open(pid)
+        self._memory_kills = MemoryKills(pid)
         self._over = asyncio.Event()
         asyncio.get_running_loop().add_reader(self._file, self._reap)
 
@@ -91,6 +95,12 @@ class Child:
                 os.killpg(self.pid, signal.SIGKILL)
             self.send(signal.SIGKILL)
 
+    def how(self) -> dict[str, Any]:
+        """How it ended, for the coordinator."""
+        assert self.exit is not None
+        code, number = self.exit.code, self.exit.signal
+        return {"code": code, "signal": number, "fenced": self.was_killed, "out_of_memory": self.lacked_memory}
+
     async def wait(self) -> Exit:
         await self._over.wait()
         assert self.exit is not None
@@ -104,6 +114,7 @@ class Child:
             self.exit = Exit(code, None) if code >= 0 else Exit(None, -code)
         except ChildProcessError:  # adopted from an agent that died: its exit code went to somebody else
             self.exit = Exit(None, None)
+        self.lacked_memory = self.exit.signal == signal.SIGKILL and self._memory_kills.happened()
         os.close(self._file)
         self._over.set()
         self._ended(self, self.exit)

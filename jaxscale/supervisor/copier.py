@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxscale.retry import BreakerOpen, Change, Retry
 from jaxscale.supervisor.frames import FrameError
 from jaxscale.supervisor.handshake import AuthenticationError
 from jaxscale.supervisor.job_token import Token
 from jaxscale.supervisor.peer_client import PeerClient
 from jaxscale.supervisor.peers import PeerGone, PeerTimeout, PushResult, Stopped
-from jaxscale.supervisor.retry import BreakerOpen, Change, Retry
 
 PUSH_SECONDS = 60.0
 ATTEMPTS = 3

@@ -31,6 +31,7 @@ from jaxscale.supervisor.sweep import make_folder, processes_of, shared_memory, 
 from jaxscale.supervisor.zygote import free_port
 from jaxscale.train.protocols import ExitReason
 
+LOOPBACK = "127.0.0.1"
 POLL_SECONDS = 0.05
 LEAVE_SECONDS = 10.0
 TAKEOVER_SECONDS = 15.0
@@ -73,7 +74,7 @@ class Cluster:
 
     def run(self) -> int:
         """Returns the exit code of the run. Leaves no process and no file in shared memory."""
-        self._address = f"127.0.0.1:{free_port()}"
+        self._address = f"{LOOPBACK}:{free_port(LOOPBACK)}"
         before = {number: signal.signal(number, self._stop.signalled) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             sweep(shared_memory())

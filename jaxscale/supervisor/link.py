@@ -20,10 +20,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxscale.retry import LINK_RETRY, pause
 from jaxscale.supervisor.job_token import Token
 from jaxscale.supervisor.orders import check
 from jaxscale.supervisor.quorum import Acceptor, AskPromise, term_from_json
-from jaxscale.supervisor.retry import LINK_RETRY, pause
 from jaxscale.supervisor.rpc import Message, NameTaken, Refused, Server, Session, Tls, Unreachable
 from jaxscale.supervisor.voter import Voter, ask_from_json, refusal, reply_to_json
 

@@ -16,7 +16,7 @@ from jaxscale.supervisor.facts import Epoch, Host, Note
 from jaxscale.supervisor.limits import Kind, suspects
 from jaxscale.supervisor.records import SECTIONS
 from jaxscale.supervisor.reports import evidence_of, rejection_of
-from jaxscale.supervisor.states import DEADLINES, State
+from jaxscale.supervisor.states import DEADLINES, HANDOVER_SECONDS, State
 from jaxscale.supervisor.transitions import Transitions
 from jaxscale.supervisor.watch import learned, positions, progressed
 
@@ -233,8 +233,14 @@ class Machine(Transitions):
             self.evidence += hung[:-1]
             self._suspect(hung[-1], now)
 
+    def _some_leave(self, epoch: Epoch) -> bool:
+        """And others go on."""
+        return {self.hosts[name].is_leaving for name in epoch.world.members} == {True, False}
+
     def _check_deadline(self, epoch: Epoch, now: float) -> None:
         limit = DEADLINES.get(self.state)
+        if self.state is State.DRAINING and not self.drain_reason and self._some_leave(epoch):
+            limit = HANDOVER_SECONDS
         if limit is None or now - self.entered <= limit:
             return
         done = epoch.done_in(self.state) if not self._is_over() else self._fenced_or_gone(epoch)

@@ -18,13 +18,13 @@ import numpy as np
 from jaxscale.checkpoint.assemble import assemble
 from jaxscale.checkpoint.cover import Location, Source, choice_from_json
 from jaxscale.checkpoint.slot import SlotError, check_shard, read_shard
+from jaxscale.retry import BreakerOpen, Change, Retry
 from jaxscale.supervisor.frames import FrameError
 from jaxscale.supervisor.handshake import AuthenticationError
 from jaxscale.supervisor.job_token import read_token
 from jaxscale.supervisor.jobs import WorkerJob
 from jaxscale.supervisor.peer_client import PeerClient
 from jaxscale.supervisor.peers import WORKER, Refused
-from jaxscale.supervisor.retry import BreakerOpen, Retry
 from jaxscale.train.protocols import Record
 
 FETCH_SECONDS = 20.0
@@ -35,16 +35,17 @@ Rejected = Callable[[Source, Location, str], None]
 
 
 def restore_from_memory(
-    job: WorkerJob, abstract: Mapping[str, Any], rejected: Rejected
+    job: WorkerJob, abstract: Mapping[str, Any], rejected: Rejected, changed: Callable[[Change], None]
 ) -> tuple[dict[str, Any], Record, dict[str, int]]:
     """The state that the coordinator chose, its record, and how many shards came from `memory` and from a `peer`.
 
     `abstract`: nested dict of `jax.ShapeDtypeStruct` with shardings. Raises NoGoodCopy where a shard cannot be had
-    whole from any host, StateMismatch where the state is of another model.
+    whole from any host, StateMismatch where the state is of another model. `changed` is told, in any thread, of
+    a breaker that opened or closed.
     """
     assert job.choice is not None
     choice = choice_from_json(job.choice).seen_from(job.host)
-    with _Fetcher(job, {path: info.dtype for path, info in choice.arrays.items()}) as fetcher:
+    with _Fetcher(job, {path: info.dtype for path, info in choice.arrays.items()}, changed) as fetcher:
         state = assemble(abstract, choice, fetcher.fetch, rejected)
     return state, Record(**choice.record), dict(fetcher.sources)
 
@@ -52,8 +53,8 @@ def restore_from_memory(
 class _Fetcher:
     """Reads shards, each thread over a connection of its own."""
 
-    def __init__(self, job: WorkerJob, dtypes: Mapping[str, str]) -> None:
-        self._job, self._dtypes = job, dtypes
+    def __init__(self, job: WorkerJob, dtypes: Mapping[str, str], changed: Callable[[Change], None]) -> None:
+        self._job, self._dtypes, self._changed = job, dtypes, changed
         self._local = threading.local()
         self._clients: list[PeerClient] = []
         self._retries: dict[str, Retry] = {}
@@ -78,7 +79,7 @@ class _Fetcher:
 
     def _retry(self, holder: str) -> Retry:
         """Of this holder, for all threads: one that is gone costs RETRY_SECONDS once, and not for each shard."""
-        return self._retries.setdefault(holder, Retry(f"slot server of {holder}"))
+        return self._retries.setdefault(holder, Retry(f"slot server of {holder}", changed=self._changed))
 
     def _client(self, holder: str) -> PeerClient:
         clients: dict[str, PeerClient] = self._local.__dict__

@@ -17,12 +17,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxscale.retry import RetryConfig, pause
 from jaxscale.supervisor import worlds
 from jaxscale.supervisor.budget import Allowance, History, Mark
 from jaxscale.supervisor.causes import cause_of, is_code_that_cannot_start, is_crash
 from jaxscale.supervisor.domains import Group
 from jaxscale.supervisor.evidence import Evidence, HostLost, fingerprint, hosts_of, sentence, traceback_of
-from jaxscale.supervisor.retry import RetryConfig, pause
 from jaxscale.supervisor.worlds import Host, PlannedWorld, Request
 
 FaultClass = Literal["transient", "recoverable", "fatal"]

@@ -1,13 +1,14 @@
 """Compiled programs kept between the epochs of a world: a worker that was re-forked neither traces nor compiles.
 
 Each worker stores what it compiled with `jax.experimental.serialize_executable`, under a key of everything that the
-program depends on: config, recipe, versions, flags, mesh, and the worker's own place in it. The file is a pickle, so it
+program depends on: config, recipe, versions, flags, and the mesh with its devices. The file is a pickle, so it
 is trusted only where this host's agent keeps it: a folder of mode 0700, files of mode 0600 with a digest, never taken
 from the network. Read next: `worker_process.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -19,15 +20,18 @@ from typing import Any
 
 import jax
 import xxhash
+from filelock import FileLock
 
+from jaxscale import jax_private
 from jaxscale.config import Config, to_dict
 from jaxscale.environment import flags, packages
-from jaxscale.supervisor import jax_private
 from jaxscale.supervisor.sources import sources_digest
 from jaxscale.train.programs import Compiled
 
 MAGIC = b"jaxscale-program-1\n"
 DIGEST_BYTES = 16
+SHARE_SECONDS = 120.0
+"""How long a worker waits for another one to compile the same program on this host."""
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +55,17 @@ class StoredPrograms:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def get(self, name: str, lower: Callable[[], jax.stages.Lowered]) -> Compiled:
-        """Loads the program, or compiles and stores it. What cannot be loaded is compiled anew and replaced."""
+        """Loads the program, or compiles and stores it. What cannot be loaded is compiled anew and replaced.
+
+        Of the workers that share this folder one compiles while the others wait for it, as long as that makes sense.
+        """
         path = self.path(name)
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # a time-out among them: then it is compiled twice
+                stack.enter_context(FileLock(path.with_suffix(".lock"), timeout=SHARE_SECONDS, mode=0o600))
+            return self._get(path, name, lower)
+
+    def _get(self, path: Path, name: str, lower: Callable[[], jax.stages.Lowered]) -> Compiled:
         try:
             program = _load(path, self._devices)
         except FileNotFoundError:
@@ -73,8 +86,11 @@ class StoredPrograms:
         return self._folder / hashlib.sha256(f"{name}\n{self._identity}".encode()).hexdigest()[:32]
 
 
-def program_identity(config: Config, rank: int, processes: int, devices: Sequence[jax.Device]) -> dict[str, Any]:
-    """What the programs of worker `rank` in a world of `processes` over `devices` depend on, beside their names."""
+def program_identity(config: Config, processes: int, devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """What the programs of a world of `processes` over `devices` depend on, beside their names.
+
+    Every rank runs the same program (one program, many data), so that what one compiled another one can load.
+    """
     plain = to_dict(config)
     kept = {key: plain[key] for key in ("model", "optim", "train", "precision", "remat", "mesh", "data", "phases")}
     return {
@@ -87,7 +103,6 @@ def program_identity(config: Config, rank: int, processes: int, devices: Sequenc
         "sources": sources_digest(),
         "devices": [(device.id, device.process_index, device.device_kind) for device in devices],
         "processes": processes,
-        "rank": rank,
     }
 
 

@@ -50,8 +50,10 @@ def evidence_of(epoch: Epoch, host: Host, kind: str, message: Mapping[str, Any])
         return None
     if code is None and number is None:
         code = 255  # adopted by a later agent: nobody knows how it ended
-    fenced = bool(message.get("fenced", False))
-    return ev.WorkerExit(host.name, rank, epoch.number, code, number, fenced=fenced, **words, **place)
+    fenced, memory = (bool(message.get(name, False)) for name in ("fenced", "out_of_memory"))
+    return ev.WorkerExit(
+        host.name, rank, epoch.number, code, number, fenced=fenced, out_of_memory=memory, **words, **place
+    )
 
 
 def rejection_of(epoch: Epoch, message: Mapping[str, Any]) -> tuple[Damaged, Note]:

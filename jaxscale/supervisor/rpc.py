@@ -22,8 +22,8 @@ from typing import Any
 import grpc  # type: ignore[import-untyped]  # grpcio ships no types
 import grpc.aio  # type: ignore[import-untyped]  # as above
 
+from jaxscale.retry import LINK_RETRY
 from jaxscale.supervisor.job_token import Token
-from jaxscale.supervisor.retry import LINK_RETRY
 
 SERVICE = "jaxscale.Supervisor"
 SESSION = f"/{SERVICE}/Session"

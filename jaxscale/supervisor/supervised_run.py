@@ -22,6 +22,7 @@ from jaxscale.train.protocols import MetricsSink, Record, Snapshot, Start, World
 from jaxscale.world import gather_text
 
 if TYPE_CHECKING:
+    from jaxscale.retry import Change
     from jaxscale.supervisor.ahead import CompileAhead
 
 
@@ -51,7 +52,7 @@ class SupervisedRun:
         self._unreadable: set[int] = set()
         self._kept = ""
         """Tier that took the last state."""
-        identity = program_identity(config, world.index, world.processes, jax.devices())
+        identity = program_identity(config, world.processes, jax.devices())
         self.programs = StoredPrograms(Path(job.programs), identity)
         self._ahead: CompileAhead | None = None
 
@@ -60,7 +61,7 @@ class SupervisedRun:
         if self._job.choice is not None:
             from jaxscale.supervisor.memory_restore import restore_from_memory
 
-            state, record, sources = restore_from_memory(self._job, abstract, self._rejected)
+            state, record, sources = restore_from_memory(self._job, abstract, self._rejected, self._changed)
             self._restored = None
         else:
             from jaxscale.checkpoint.restore import restore_newest
@@ -128,10 +129,10 @@ class SupervisedRun:
                 before_seal=journal.commit if journal is not None else None,
             )
         )
-        if job.smaller is not None and world.index < job.smaller["processes"]:
+        if job.smaller is not None:
             from jaxscale.supervisor.ahead import CompileAhead
 
-            self._ahead = CompileAhead(config, self._hooks, world.index, Path(job.programs), job.smaller)
+            self._ahead = CompileAhead(config, self._hooks, Path(job.programs), job.smaller)
             self._ahead.start(start.summary.resumed_from)
         self._mailbox.say("begun", {"summary": start.summary.parameters, "flops_per_token": start.flops_per_token})
 
@@ -188,6 +189,9 @@ class SupervisedRun:
     def _rejected(self, source: Source, location: Location, reason: str) -> None:
         where = {"holder": location.holder, "file": location.file, "path": source.path, "box": source.box}
         self._mailbox.say("rejected", {**where, "reason": reason})
+
+    def _changed(self, change: Change) -> None:
+        self._mailbox.say("alarm", {"what": "breaker", "detail": f"{self._job.host}: {change}"})
 
     def _refused(self, step: int, reason: str) -> None:
         self._unreadable.add(step)

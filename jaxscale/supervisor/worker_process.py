@@ -68,9 +68,9 @@ def _train(
     progress: ProgressRecord,
     asked: StopSignals,
 ) -> tuple[ExitReason, int]:
+    from jaxscale import jax_private
     from jaxscale.mesh import prepare_backend
     from jaxscale.run_directory import RunDirectory
-    from jaxscale.supervisor import jax_private
     from jaxscale.supervisor.supervised_run import SupervisedRun
     from jaxscale.supervisor.world_stop import DRAIN, HANDOVER, WorldStop
     from jaxscale.train.logs import native_output_to

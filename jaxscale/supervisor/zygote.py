@@ -117,15 +117,15 @@ def _service(processes: int, host: str, commands: socket.socket) -> dict[str, An
     """Forks an epoch host and returns when its service listens at `host`, on a port that the kernel chose."""
 
     def body(report: int) -> None:
-        from jaxscale.supervisor.jax_private import serve
+        from jaxscale.jax_private import serve
 
         held, error = None, ""
         for _ in range(SERVICE_TRIES):
-            port = free_port()
             try:
-                held = serve(f"[::]:{port}", processes)
+                port = free_port(host)
+                held = serve(f"{host}:{port}", processes)
                 break
-            except RuntimeError as failure:
+            except (OSError, RuntimeError) as failure:
                 error = str(failure)
         os.write(report, json.dumps({"port": port} if held is not None else {"error": error}).encode())
         os.close(report)
@@ -188,10 +188,11 @@ def tell_preempted(_number: int, _frame: object) -> None:
         mail.sendto(json.dumps({"kind": "preempted", "pid": os.getpid()}).encode(), os.environ[MAILBOX_VARIABLE])
 
 
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("", 0))
+def free_port(host: str) -> int:
+    """A port that nobody listens on now at this address of the machine. Raises OSError where it is none of its own."""
+    family, kind, protocol, _, place = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.bind(place)
         return int(probe.getsockname()[1])
 
 

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxscale.retry import RetryConfig, pause
 from jaxscale.supervisor.children import Zygote, ZygoteDied, ZygoteFailed
 from jaxscale.supervisor.records import MAILBOX, MAILBOX_VARIABLE
-from jaxscale.supervisor.retry import RetryConfig, pause
 
 LOOK_SECONDS = 0.2
 RAISED_SECONDS = 60.0

@@ -89,7 +89,7 @@ class ProxiedNetwork:
     """Hosts of one machine, of which each has a proxy on its way to the coordinator of host 0."""
 
     def __init__(self, count: int) -> None:
-        self.port = free_port()
+        self.port = free_port("127.0.0.1")
         self._proxies: dict[int, Proxy] = {}
         self._count = count
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxscale.checkpoint.stored_layout import loaded
 from jaxscale.config import Config, ConfigError
 from jaxscale.optim.build import Optimizer
 from jaxscale.task import Task
@@ -35,7 +37,12 @@ def initial_state(config: Config, task: Task, optimizer: Optimizer, abstract: St
     # The other run's average, where it kept one, is in float32 whatever its weights are.
     wide = jax.tree.map(lambda x: x.update(dtype=jnp.float32), abstract["params"])
     average = bool(record.config["optim"]["ema"])
-    params = restore_params(folder, step, wide if average else abstract["params"], average=average)
+
+    def load(stored: Mapping[str, Any]) -> State:
+        return {"params": restore_params(folder, step, stored["params"], average=average)}
+
+    wanted = {"params": wide if average else abstract["params"]}
+    params = loaded(task.stored_layout, wanted, load)["params"]
     narrow = jax.tree.map(lambda x, like: x.astype(like.dtype), params, abstract["params"])
     state = make_init(config, task, optimizer)(narrow)
     return state, f"weights from step {step} of {folder.parent}; optimizer, schedule and data start afresh"

@@ -1,4 +1,4 @@
-"""What `scripts/quickstart` trains: loss on the two works that are held out, and how long it takes.
+"""The recipe of `scripts/quickstart`, to its end: loss on the two works that are held out, and how long it takes.
 
     python scripts/bench/quickstart.py [--run RUN]
 

@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from jaxscale.supervisor import jax_private
+from jaxscale import jax_private
 from jaxscale.supervisor.zygote import free_port
 
 
 def main(arguments):
     jax.config.update("jax_platforms", "cpu")
     if arguments[0] == "serve":
-        port = free_port()
-        held = jax_private.serve(f"[::]:{port}", int(arguments[1]))
+        port = free_port("127.0.0.1")
+        held = jax_private.serve(f"127.0.0.1:{port}", int(arguments[1]))
         print(f"127.0.0.1:{port}", flush=True)
         sys.stdin.read()
         del held

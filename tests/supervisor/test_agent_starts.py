@@ -234,7 +234,7 @@ class RealAgents:
         write_token(tmp_path / "token", new_token())
 
     def start(self, *flags, host="host-0", memory=None):
-        words = ["--coordinator", f"127.0.0.1:{free_port()}", "--devices", "1", "--host", host]
+        words = ["--coordinator", f"127.0.0.1:{free_port('127.0.0.1')}", "--devices", "1", "--host", host]
         process = subprocess.Popen(
             [sys.executable, "-m", "jaxscale", "agent", *words, "--shared-memory", str(memory or self.folder), *flags],
             env={**os.environ, **child_environment(self.tmp_path / "token")},

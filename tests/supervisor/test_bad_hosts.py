@@ -29,7 +29,7 @@ class Pieces(RunningCluster):
         self.folder, self._all = Path(tempfile.mkdtemp(prefix="jaxscale-pieces-", dir="/dev/shm")), []
         write_token(self.folder / "token", new_token())
         self._environment = {**os.environ, **child_environment(self.folder / "token")}
-        self._address = f"127.0.0.1:{free_port()}"
+        self._address = f"127.0.0.1:{free_port('127.0.0.1')}"
         run = folder / "run"
         place = ("--listen", self._address, "--devices-per-host", 1, "--run.dir", run)
         process = self.start(folder / "coordinator.out", "-m", "jaxscale", "coordinator", NANO, *place, *overrides)

@@ -103,7 +103,7 @@ def test_a_lost_slice_is_one_of_the_cluster_and_not_a_spare_that_stands_in():
         def worker(self, rank):
             return self.hosts[rank], 7
 
-        def events(self, kind):
+        def events(self, _kind):
             slices = {"host-0": 0, "host-1": 0, "host-2": 1, "host-3": 1, "spare-0": -1}
             return [{"host": host, "slice": number} for host, number in slices.items()]
 

@@ -12,12 +12,12 @@ from peer_samples import JOB, slot_bytes, verify, write_slot
 
 from jaxscale.checkpoint.cover import Location, Source
 from jaxscale.checkpoint.slot import SlotError, digest_of
+from jaxscale.retry import Change, RetryConfig, State
 from jaxscale.supervisor import memory_restore
 from jaxscale.supervisor.copier import ATTEMPTS, Copier, Sealed
 from jaxscale.supervisor.copies import CopyStore
 from jaxscale.supervisor.job_token import child_environment, new_token, write_token
 from jaxscale.supervisor.peer_server import PeerServer
-from jaxscale.supervisor.retry import Change, RetryConfig, State
 
 SECONDS = 30
 TOKEN = new_token()

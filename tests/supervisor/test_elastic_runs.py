@@ -140,29 +140,39 @@ class Compilations:
         return [line.partition(" ") for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_neither_a_recovery_nor_a_shrink_compiles_anything_on_any_host(tmp_path, monkeypatch):
+def test_neither_a_recovery_nor_a_resize_compiles_anything_on_any_host(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     monkeypatch.setenv("JAXSCALE_CACHE", str(cache))
     compilations = Compilations(tmp_path)
 
     def ahead():
         stored = [path for path in (cache / "programs").glob("*") if not path.suffix]
-        return True if len(stored) == 3 else None  # of two ranks, and of the only one of the next smaller world
+        return True if len(stored) == 4 else None  # step and evaluation of this world and of the next smaller one
 
-    flags = ("--slices", 1, "--hosts-per-slice", 2, "--restart-after", -1, "--memory.every", 2)
-    with launched(compilations.recipe, tmp_path / "run", *flags, "--checkpoint.every", 0, "--steps", 100_000) as run:
+    shape = ("--slices", 1, "--hosts-per-slice", 2, "--restart-after", 8)
+    evaluations = ("--data.held-out-documents", 1, "--evaluate.every", 2, "--evaluate.batches", 1)
+    flags = (*shape, *evaluations, "--memory.every", 2, "--checkpoint.every", 0, "--steps", 100_000)
+    with launched(compilations.recipe, tmp_path / "run", *flags) as run:
         run.wait_for_step(5)
-        first = compilations.of(run)
-        assert [name for name in first if "jit(train_step)" in name] == first, "the listener hears nothing"
-        run.wait_for(ahead, "program of the smaller world", 200)
+        first = [name for names in compilations.of(run) for name in names]
+        assert any("train_step" in name for name in first), "the listener hears nothing"
+        assert any("evaluate" in name for name in first), "the listener does not hear evaluations"
+        run.wait_for(ahead, "programs of the smaller world", 200)
         os.kill(run.worker(1)[1], signal.SIGKILL)
         run.wait_for_step(1, epoch=2)
+        run.wait_for_step(run.last_line()["step"] + 4)
         recovered = compilations.of(run)
         run.kill_host("host-1")
         run.wait_for_step(1, epoch=3)
         assert run.members() == 1
+        run.wait_for_step(run.last_line()["step"] + 4)
         shrunk = compilations.of(run)
+        run.wait_for_step(1, epoch=4, seconds=120)
+        assert run.members() == 2
+        run.wait_for_step(run.last_line()["step"] + 4)
+        grown = compilations.of(run)
         run.process.send_signal(signal.SIGTERM)
         assert run.finish() == 75
     assert recovered == [[], []]
     assert shrunk == [[]]
+    assert grown == [[], []]

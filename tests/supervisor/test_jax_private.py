@@ -18,7 +18,7 @@ import pytest
 from jax.experimental import serialize_executable
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxscale.supervisor import jax_private
+from jaxscale import jax_private
 
 PROGRAM = Path(__file__).with_name("join_a_world.py")
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jaxscale.supervisor import evidence as ev
 from jaxscale.supervisor.facts import LEASE_SECONDS, Settings, Verdict
-from jaxscale.supervisor.states import DEADLINES, State
+from jaxscale.supervisor.states import DEADLINES, HANDOVER_SECONDS, State
 from jaxscale.supervisor.transitions import COPIES_SECONDS, GROW_SECONDS, STOPPED, WINDOW_SECONDS
 
 FOUR = ("host-0", "host-1", "host-2", "host-3")
@@ -446,6 +446,18 @@ def test_an_epoch_that_does_not_drain_is_fenced():
     history.run(DEADLINES[State.DRAINING] + 2)
     assert history.finish.code == STOPPED
     assert "SUSPECT" in history.states()
+
+
+def test_a_handover_that_takes_too_long_ends_within_the_notice():
+    history = running()
+    history.hosts["host-2"].deaf = {"handover"}
+    history.preempt("host-1")
+    history.run(HANDOVER_SECONDS - 1)
+    assert history.state is State.DRAINING
+    history.until_running(2)
+    (fault,) = history.faults()
+    assert "DRAINING took longer" in fault["cause"]
+    assert "host-1" not in history.members
 
 
 # Preemption

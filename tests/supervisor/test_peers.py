@@ -802,7 +802,7 @@ def test_what_is_no_address(address, token):
 
 def test_importing_the_transport_imports_neither_jax_nor_numpy():
     code = (
-        "import sys, jaxscale.supervisor.peer_server, jaxscale.supervisor.peer_client, jaxscale.supervisor.retry;"
+        "import sys, jaxscale.supervisor.peer_server, jaxscale.supervisor.peer_client, jaxscale.retry;"
         "assert not {'jax', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -4,17 +4,20 @@ import logging
 import os
 import pickle
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import pytest
 import xxhash
+from filelock import FileLock
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscale.supervisor import programs
 from jaxscale.supervisor.programs import DIGEST_BYTES, MAGIC, StoredPrograms
 
-IDENTITY = {"config": {"steps": 3, "model": {"width": 4}}, "rank": 0}
+IDENTITY = {"config": {"steps": 3, "model": {"width": 4}}, "processes": 1}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,11 @@ def stored(tmp_path, rows, name="step"):
     found = StoredPrograms(tmp_path / "programs", IDENTITY)
     found.get(name, Lower(rows))
     return found.path(name)
+
+
+def programs_in(folder):
+    """Without the locks, by which workers that share the folder take turns."""
+    return [path for path in folder.iterdir() if path.suffix != ".lock"]
 
 
 def again(tmp_path, rows, identity=None, name="step"):
@@ -71,13 +79,13 @@ def test_files_are_this_users_alone(tmp_path, rows):
     path = stored(tmp_path, rows)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    assert list(path.parent.iterdir()) == [path]  # nothing half written is left
+    assert programs_in(path.parent) == [path]  # nothing half written is left
 
 
 @pytest.mark.parametrize(
     "identity",
     [
-        IDENTITY | {"rank": 1},
+        IDENTITY | {"processes": 2},
         IDENTITY | {"config": {"steps": 3, "model": {"width": 8}}},
         IDENTITY | {"config": {"steps": "3", "model": {"width": 4}}},
         IDENTITY | {"more": None},
@@ -86,7 +94,7 @@ def test_files_are_this_users_alone(tmp_path, rows):
 def test_a_program_of_another_identity_is_another(tmp_path, rows, identity):
     path = stored(tmp_path, rows)
     assert again(tmp_path, rows, identity) == 1
-    assert len(list(path.parent.iterdir())) == 2
+    assert len(programs_in(path.parent)) == 2
 
 
 def test_the_order_of_an_identity_does_not_matter(tmp_path, rows):
@@ -176,3 +184,29 @@ def test_a_program_that_came_through_jaxs_own_cache_is_stored_all_the_same(tmp_p
     Lower(rows)().compile()
     stored(tmp_path, rows)
     assert again(tmp_path, rows) == 0
+
+
+def test_of_workers_that_share_a_folder_one_compiles_and_the_others_wait_for_it(tmp_path, rows):
+    lowering, lowered = threading.Event(), threading.Event()
+
+    def slow():
+        lowering.set()
+        assert lowered.wait(30)
+        return Lower(rows)()
+
+    first, second = (StoredPrograms(tmp_path / "programs", IDENTITY) for _ in range(2))
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(first.get, "step", slow)
+        assert lowering.wait(30)
+        other = pool.submit(second.get, "step", Lower(rows))
+        lowered.set()
+        assert jnp.allclose(one.result(60)(rows), other.result(60)(rows))
+    assert (first.compiled, second.compiled) == (["step"], [])
+
+
+def test_a_worker_waits_no_longer_than_it_makes_sense(tmp_path, rows, monkeypatch):
+    monkeypatch.setattr(programs, "SHARE_SECONDS", 0.1)
+    path = stored(tmp_path, rows)
+    path.unlink()
+    with FileLock(path.with_suffix(".lock")):
+        assert again(tmp_path, rows) == 1

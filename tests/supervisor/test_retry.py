@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxscale.retry import Breaker, BreakerOpen, Retry, RetryConfig, State, is_transient, pause
 from jaxscale.supervisor.handshake import AuthenticationError
 from jaxscale.supervisor.peers import Code, PeerGone, PeerTimeout, Refused, Stopped
-from jaxscale.supervisor.retry import Breaker, BreakerOpen, Retry, RetryConfig, State, is_transient, pause
 
 CONFIG = RetryConfig()
 

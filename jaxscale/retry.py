@@ -62,6 +62,9 @@ class Change:
     after: State
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.before} -> {self.after}: {self.reason}"
+
 
 class BreakerOpen(RuntimeError):
     """Not even tried: too many attempts have failed lately. `code` is 503's."""

@@ -1,10 +1,10 @@
-"""The private calls of JAX that the supervisor stands on, all of them, in one place.
+"""The private calls of JAX that worlds of several processes and the supervisor stand on, all of them, in one place.
 
 JAX's public `jax.distributed.initialize` makes process 0 the home of the coordination service, and a process that loses
-the service is aborted: the death of one worker would take the others' agents of agreement with it. Here the service
-lives in a process of its own (`zygote.py`, the epoch host) and JAX's heartbeats, which kill, are disarmed: detection
-is the agent's work. `tests/supervisor/test_jax_private.py` is the contract; it says which call changed. Read next:
-`zygote.py`.
+the service is aborted: the death of one worker would take the others' agents of agreement with it. Under a supervisor
+the service lives in a process of its own (`supervisor/zygote.py`, the epoch host) and JAX's heartbeats, which kill, are
+disarmed: detection is the agent's work. The contract is in `tests/supervisor/test_jax_private.py` and
+`tests/test_world.py`, which say which call changed. Read next: `supervisor/zygote.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,15 @@ DISARMED_SECONDS = 30 * 24 * 3600
 
 CONNECT_SECONDS = 20
 """How long a worker waits for the others of its epoch to connect."""
+
+
+def world_state() -> Any:
+    """JAX's record of the world, with the coordination service's client: there is no public way to its key-value store
+    and barriers.
+    """
+    from jax._src.distributed import global_state
+
+    return global_state
 
 
 def serve(address: str, processes: int) -> Any:
