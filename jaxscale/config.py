@@ -282,7 +282,7 @@ class CheckpointConfig:
 class MemoryConfig:
     """Checkpoints in the memory of the hosts, under a supervisor (`jaxscale launch`)."""
 
-    every: int | Literal["auto"] = 10
+    every: int | Literal["auto"] = "auto"
     """Steps between memory checkpoints; 0 = none; `auto`: from their measured cost and the failures so far."""
     replicas: int = 1
     """Hosts that hold a copy of each host's part: so many hosts may be lost at once without loss."""

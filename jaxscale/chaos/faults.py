@@ -40,6 +40,8 @@ class FaultKind:
     classes: tuple[str, ...] = ()
     """`class` of the `fault` events that may follow; empty: none must."""
     about: str = ""
+    tells: str = ""
+    """Kind of event that must be among those that follow."""
     leaves: bool = False
     """Whether it is no fault but a notice: a host is told to end, the world must go on without it and lose no step."""
 
@@ -199,7 +201,7 @@ KINDS: Mapping[str, FaultKind] = types.MappingProxyType(
     {
         "kill": FaultKind(_signal_worker(signal.SIGKILL), True, RECOVERABLE, "a worker is killed"),
         "crash": FaultKind(_signal_worker(signal.SIGSEGV), True, RECOVERABLE, "a worker crashes"),
-        "hang": FaultKind(_signal_worker(signal.SIGSTOP), True, RECOVERABLE, "a worker stops, and lives"),
+        "hang": FaultKind(_signal_worker(signal.SIGSTOP), True, RECOVERABLE, "a worker stops, and lives", "stacks"),
         "two": FaultKind(_kill_two, True, RECOVERABLE, "two workers are killed in the same moment"),
         # Where the damaged slot was the only one of its step, a second attempt takes an older step.
         "flip": FaultKind(_damage_slots(flip, "a flipped bit in"), True, ANY, "bits flip in memory; a worker dies"),

@@ -167,6 +167,8 @@ def strike_once(cluster: RunningCluster, strike: Strike) -> Recovery:
         classes = [event["class"] for event in cluster.events()[seen:] if event["kind"] == "fault"]
         if not classes or not set(classes) <= set(kind.classes):
             raise AssertionError(f"{strike.kind} ({whom}) was judged {classes or 'no fault'}, not {kind.classes}")
+        if kind.tells and not any(event["kind"] == kind.tells for event in cluster.events()[seen:]):
+            raise AssertionError(f"{strike.kind} ({whom}) was followed by no event {kind.tells!r}")
     return Recovery(strike.kind, whom, before["step"], after["time"] - started, replayed)
 
 

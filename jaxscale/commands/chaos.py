@@ -54,7 +54,7 @@ class ChaosCommand:
     """Fewest new steps between two faults."""
     most: int = 25
     """Most."""
-    tolerance: float = 1e-4
+    tolerance: float = 1e-5
     """Relative difference of losses that is allowed after a resize."""
     folder: str = ""
     """Where the runs go; empty: a temporary folder that is removed."""

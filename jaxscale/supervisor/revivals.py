@@ -10,10 +10,12 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass
 
+from jaxscale.retry import RetryConfig, pause
+
 RESTARTS = 20
 """How often one process is started again without a new step in between."""
-FIRST_SECONDS, LONGEST_SECONDS = 0.5, 10.0
-"""Of a wait before a start; each is twice as long as the one before."""
+RESTART_RETRY = RetryConfig(first_seconds=0.5)
+"""Waits before a start."""
 WELL_SECONDS = 10.0
 """One that ran so long had not failed at its start."""
 _OWN = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
@@ -52,4 +54,4 @@ class Revivals:
         life.restarts += 1
         life.failures += code >= 0 or -code in _OWN
         times = max(life.restarts - 1, life.failures)
-        return min(LONGEST_SECONDS, FIRST_SECONDS * 2 ** (times - 1)) if times else 0.0
+        return pause(RESTART_RETRY, times, 0.0) if times else 0.0

@@ -93,7 +93,7 @@ class Bench:
             reference = undisturbed(self._options.recipe, self._folder / f"undisturbed-{flags[-1]}", flags, ignore)
             run = self._folder / f"{kind}-{first}"
             flags = (*flags, "--spares", 1)
-            report = run_chaos(self._options.recipe, run, first, strikes, reference, flags, 1e-4, ignore)
+            report = run_chaos(self._options.recipe, run, first, strikes, reference, flags, 1e-5, ignore)
             self.problems += [f"{kind}: {problem}" for problem in report.problems]
             recoveries += report.recoveries
             effective += [report.ledger.effective] if report.ledger else []

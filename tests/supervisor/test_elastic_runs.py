@@ -14,8 +14,9 @@ from jaxscale.track.jsonl import read_metrics
 
 NANO = Path(__file__).parents[2] / "recipes" / "lm_nano.py"
 STEPS = 40
-THREE = ("--model.width", 96, "--model.heads", 3, "--model.mlp", 192)
-"""A model that three devices can hold one third of each: lm_nano's own sizes are powers of two."""
+THREE = ("--model.width", 96, "--model.heads", 3, "--model.mlp", 192, "--train.microbatches", 2)
+"""A model that three devices can hold one third of each: lm_nano's own sizes are powers of two. A microbatch has four
+rows, which do not come out even either."""
 COMMON = (*THREE, "--steps", STEPS, "--checkpoint.every", 0, "--memory.every", 2)
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_cache")]
@@ -37,7 +38,7 @@ def check_history(run, undisturbed):
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for field in ("row", "rows", "tokens"):
         assert [line[field] for line in lines] == [line[field] for line in undisturbed]
-    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in undisturbed], rel=1e-4)
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in undisturbed], rel=1e-5)
     return lines
 
 
@@ -85,16 +86,21 @@ def test_three_hosts_go_on_also_where_no_tensor_can_be_cut_in_three(tmp_path):
         assert [line["step"] for line in run.metrics()] == list(range(1, 21))
 
 
-def test_two_hosts_that_die_at_once_with_their_memory_cost_nothing_where_two_others_hold_copies(tmp_path, undisturbed):
+@pytest.mark.parametrize("lost", [("host-1", "host-2"), ("host-0", "host-1")], ids="+".join)
+def test_two_hosts_that_die_at_once_with_their_memory_cost_nothing_where_two_others_hold_copies(
+    tmp_path, undisturbed, lost
+):
+    """Rank 0 among them, with the host that holds its first copy."""
     flags = (*COMMON, "--slices", 1, "--hosts-per-slice", 4, "--restart-after", -1, "--memory.replicas", 2)
     with launched(NANO, tmp_path / "run", *flags) as run:
         sealed = sealed_at(run, 12)
-        run.kill_host("host-1")
-        run.kill_host("host-2")
+        for host in lost:
+            run.kill_host(host)
         assert run.finish(400) == 0
         check_history(run, undisturbed)
         restored_from_memory(run, sealed)
-        assert {e["host"] for e in run.events("worker_started")[-2:]} == {"host-0", "host-3"}
+        left = {f"host-{number}" for number in range(4)} - set(lost)
+        assert {e["host"] for e in run.events("worker_started")[-2:]} == left
     assert not left_behind(tmp_path / "run")
 
 

@@ -17,7 +17,7 @@ from jaxscale.cli import main
 from jaxscale.recipe import load_recipe
 from jaxscale.supervisor.descendants import children_of, end_with_descendants
 from jaxscale.supervisor.launch import Cluster, ClusterShape
-from jaxscale.supervisor.revivals import LONGEST_SECONDS, RESTARTS, WELL_SECONDS, Revivals
+from jaxscale.supervisor.revivals import RESTART_RETRY, RESTARTS, WELL_SECONDS, Revivals
 from jaxscale.supervisor.stop_request import AGAIN_SECONDS, ANSWER_SECONDS, ONE_SECONDS, StopRequest
 from jaxscale.supervisor.sweep import YOUNG_SECONDS, make_folder, sweep
 from jaxscale.testing.cluster import launched, left_behind
@@ -111,8 +111,8 @@ def test_what_dies_without_a_new_step_comes_back_later_and_later_and_then_no_mor
     for _ in range(RESTARTS + 1):
         revivals.began("x", 0.0, 7)
         waits.append(revivals.ended("x", -9, 1.0, 7))
-    assert waits[:7] == [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, LONGEST_SECONDS]
-    assert waits[RESTARTS - 1 :] == [LONGEST_SECONDS, None]
+    assert waits[:7] == [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, RESTART_RETRY.longest_seconds]
+    assert waits[RESTARTS - 1 :] == [RESTART_RETRY.longest_seconds, None]
     assert revivals.ended("y", -9, 1.0, 7) == 0.0, "each has its own count"
 
 
@@ -129,7 +129,7 @@ def test_what_ends_by_its_own_fault_waits_even_while_others_train():
     for step, code in enumerate((1, -signal.SIGSEGV, 1, 2, 1, 1, 1)):
         revivals.began("x", step, step)
         waits.append(revivals.ended("x", code, step + 0.5, step + 1))
-    assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, LONGEST_SECONDS, LONGEST_SECONDS]
+    assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, RESTART_RETRY.longest_seconds, RESTART_RETRY.longest_seconds]
     revivals.began("x", 10.0, 10)
     assert revivals.ended("x", 1, 10.0 + WELL_SECONDS, 11) == 0.5, "it had started well"
 

@@ -1,7 +1,9 @@
 """Where copies go: any r hosts may be lost, and a whole slice first of all."""
 
+import itertools
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -66,3 +68,13 @@ def test_in_an_even_world_every_host_keeps_as_many_copies_as_it_gives(count, siz
     members, slices = world(*[size] * count)
     kept = Counter(buddy for host in members for buddy in buddies(host, members, slices, replicas))
     assert set(kept.values()) <= {min(replicas, len(members) - 1)}
+
+
+@pytest.mark.parametrize("sizes", [(4,), (2, 2), (3, 1), (2, 2, 2)])
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_any_so_many_hosts_may_be_lost_at_once(sizes, replicas):
+    slices = {f"host-{number}-{place}": number for number, size in enumerate(sizes) for place in range(size)}
+    members = list(slices)
+    holders = {host: {host, *buddies(host, members, slices, replicas)} for host in members}
+    for lost in itertools.combinations(members, min(replicas, len(members) - 1)):
+        assert all(holders[host] - set(lost) for host in members), lost
