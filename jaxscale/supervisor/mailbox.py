@@ -5,7 +5,6 @@ Read next: `worker_process.py`.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -17,6 +16,9 @@ from typing import Any
 from jaxscale.supervisor.records import MAILBOX
 
 MAIL_BYTES = 1 << 17
+
+FULL_SECONDS = 0.5
+"""How long a worker waits for an agent whose mailbox is full."""
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +63,22 @@ class Mailbox:
     def __init__(self, folder: Path, epoch: int) -> None:
         self._path, self._epoch = str(folder / MAILBOX), epoch
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        self._socket.setblocking(False)
+        self._patience = FULL_SECONDS
 
     def say(self, kind: str, fields: Mapping[str, Any]) -> None:
-        """May be called from any thread."""
+        """May be called from any thread.
+
+        The kernel keeps ten words for an agent that is busy; then this waits, but not again for one that took none.
+        """
         message = {"kind": kind, "epoch": self._epoch, "pid": os.getpid(), **fields}
-        with contextlib.suppress(OSError):  # no agent just now, or its buffer is full: exit codes and records remain
-            self._socket.sendto(json.dumps(message, default=str).encode(), self._path)
+        data = json.dumps(message, default=str).encode()
+        self._socket.settimeout(self._patience)
+        try:
+            self._socket.sendto(data, self._path)
+            self._patience = FULL_SECONDS
+        except (TimeoutError, BlockingIOError):
+            if self._patience:
+                logger.warning("the agent takes no words; %r is the first that it misses", kind)
+            self._patience = 0.0
+        except OSError:  # no agent just now: exit codes and records remain
+            logger.info("there is no agent that could hear %r", kind)

@@ -103,7 +103,7 @@ class Bench:
         seconds = [recovery.seconds for recovery in recoveries] or [float("nan")]
         more = f"; {min(effective):.1%} effective" if self._options.apart and effective else ""
         if kind == "flip":
-            more = f"; {rejected} damaged shards rejected"
+            more = f"; {rejected} damaged shards were read, and rejected"
         if kind == "coordinator":
             more = f"; {workers} workers were started, all of them at the beginning"
             self.problems += [] if workers == 4 * -(-len(recoveries) // IN_ONE_RUN) else [f"{kind}: {workers} workers"]

@@ -47,7 +47,9 @@ def save(folder, steps):
 
 def test_a_step_that_cannot_be_read_for_a_moment_is_the_one_that_is_restored(tmp_path, mesh, monkeypatch):
     save(tmp_path, [1, 2])
-    calls = failing(monkeypatch, layout.json, "loads", 2)
+    away = DamagedCheckpoint("manifest.json cannot be read")
+    away.__cause__ = AWAY
+    calls = failing(monkeypatch, layout, "_read_json", 2, away)
     rejected = []
     state, record = restore_newest(tmp_path, make_abstract(mesh), lambda step, _: rejected.append(step))
     assert (record.step, rejected, same_bits(state, seed=2)) == (2, [], [])

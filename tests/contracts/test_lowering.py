@@ -23,7 +23,9 @@ FULL_SIZE = {"lm_8b": (256, 8.0e9), "lm_70b": (256, 70.5e9)}
 @pytest.mark.parametrize(
     ("name", "on"), [*((path.stem, "") for path in RECIPES), *OTHER_MESHES], ids=lambda name: name or "its own"
 )
-def test_recipes_lower(name, on):
+def test_recipes_lower(name, on, monkeypatch):
+    # JAX asks the installed cuDNN what it can do; this is one that can do all that is asked for.
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91200)
     config = load_recipe(next(path for path in RECIPES if path.stem == name)).config
     config = replace(config, on=on or config.on)
     mesh = abstract_mesh_for(config)

@@ -91,10 +91,10 @@ def test_missing(tmp_path):
 
 
 def test_an_address_whose_package_is_not_installed(tmp_path, monkeypatch):
-    import fsspec.registry
+    from fsspec.registry import known_implementations
 
     monkeypatch.setitem(
-        fsspec.registry.known_implementations,
+        known_implementations,
         "faraway",
         {"class": "no_such_package.FileSystem", "err": "FarawayFileSystem needs no_such_package"},
     )

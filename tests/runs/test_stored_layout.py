@@ -29,7 +29,7 @@ def of_layers(change):
 
 def pad(stack):
     """Reversed, as a program may want them, and behind them layers of zeros."""
-    return jnp.concatenate([stack[::-1], jnp.zeros_like(stack, shape=(PADDING, *stack.shape[1:]))])
+    return jnp.concatenate([stack[::-1], 0 * stack[:PADDING]])
 
 
 def cut(stack):

@@ -450,7 +450,8 @@ def test_an_epoch_that_does_not_drain_is_fenced():
 
 def test_a_handover_that_takes_too_long_ends_within_the_notice():
     history = running()
-    history.hosts["host-2"].deaf = {"handover"}
+    for name in FOUR:
+        history.hosts[name].deaf = {"handover"}
     history.preempt("host-1")
     history.run(HANDOVER_SECONDS - 1)
     assert history.state is State.DRAINING
