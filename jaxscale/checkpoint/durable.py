@@ -94,7 +94,8 @@ class DurableCheckpoints:
             return
         if not self._settle(wait=final):
             logger.warning("step %d was not saved: an older save still runs; raise checkpoint.every", step)
-            self._say("alarm", what="save skipped", detail=f"step {step}: an older save still runs")
+            if jax.process_index() == 0:  # all processes know, and once is enough
+                self._say("alarm", what="save skipped", detail=f"step {step}: an older save still runs")
             return
         if step not in self._saved:
             self._start(step, state, record, final)

@@ -18,6 +18,7 @@ from typing import Any
 
 from jaxscale.supervisor.evidence import SECTIONS
 
+TIE_SECONDS = 1.0
 ORDER = ("start", "restore", "evaluate", "save", "data", "compile", "step", "finish")
 """In which order a worker passes the sections that carry the same number of updates (`train/loop.py`)."""
 
@@ -174,7 +175,10 @@ def suspects(positions: Sequence[Position], pace: Pace, now: float) -> tuple[Pos
     if alone:
         return alone
     different = odd_ones(positions)
-    return tuple(p for p in different if p in late)
+    if not any(p in late for p in different):
+        return ()
+    # Who entered a moment later than another one at the same place is no less a suspect.
+    return tuple(p for p in different if now + TIE_SECONDS - p.entered > pace.limit(p.kind))
 
 
 def odd_ones(positions: Sequence[Position]) -> tuple[Position, ...]:

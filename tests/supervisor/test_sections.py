@@ -70,14 +70,16 @@ def test_a_worker_that_hangs_is_found_where_it_hangs_and_its_stacks_are_kept(tmp
     recipe, _ = recipe_that(tmp_path, action, section, 15)
     with launched(recipe, tmp_path / "run", *COMMON, *flags, "--steps", 30) as run:
         assert run.finish(240) == 0
-        (fault,) = run.events("fault")
-        (stacks,) = run.events("stacks")
+        faults, stacks = run.events("fault"), run.events("stacks")
         assert [line["step"] for line in run.metrics()] == list(range(1, 31))
-    (hung,) = [one for one in fault["evidence"] if one["kind"] == "worker_hung"]
-    assert (hung["host"], hung["section"], fault["class"]) == ("host-1", section, "recoverable")
-    assert stacks["host"] == "host-1"
-    assert "stay_there" in stacks["text"]
-    assert stacks["time"] <= fault["time"], "the stacks are taken before anything is decided"
+    (fault,) = faults
+    # Where the others wait for the one that hangs, nobody can tell them apart, and all are suspected.
+    hung = {one["host"]: one["section"] for one in fault["evidence"] if one["kind"] == "worker_hung"}
+    assert hung["host-1"] == section
+    assert fault["class"] == ("transient" if section == "data" else "recoverable"), "a loader gets another chance"
+    (found,) = [one for one in stacks if one["host"] == "host-1"]
+    assert "stay_there" in found["text"]
+    assert found["time"] <= fault["time"], "the stacks are taken before anything is decided"
     assert not left_behind(tmp_path / "run")
 
 
