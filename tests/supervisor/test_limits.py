@@ -142,6 +142,12 @@ def test_all_are_suspected_where_nothing_tells_them_apart():
     assert names(suspects(positions, LEARNED, 2.0)) == ["host-0", "host-1", "host-2"]
 
 
+def test_one_that_entered_a_moment_later_is_no_less_a_suspect():
+    first, second = world(("step", 5), ("step", 5))
+    assert names(suspects([first, dataclasses.replace(second, entered=0.2)], LEARNED, 1.1)) == ["host-0", "host-1"]
+    assert names(suspects([first, dataclasses.replace(second, entered=2.0)], LEARNED, 1.1)) == ["host-0"]
+
+
 def test_those_who_wait_for_a_hung_loader_are_innocent():
     positions = world(("step", 5), ("data", 5), ("step", 5), ("step", 5))
     # In `data` there is time up to 2 s: until then the others' waiting is explained.
