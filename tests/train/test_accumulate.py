@@ -1,11 +1,14 @@
-"""Microbatches: gradients of bfloat16 weights are added up in float32, and parts without weight do not count."""
+"""Microbatches: row r is in part r mod M; gradients add up in float32; parts without weight do not count."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxscale import axes
-from jaxscale.train.accumulate import loss_and_gradients
+from jaxscale.mesh import mesh_sizes
+from jaxscale.testing.hlo import collectives
+from jaxscale.train.accumulate import loss_and_gradients, split
 
 
 class Line:
@@ -49,3 +52,39 @@ def test_parts_without_weight_do_not_count_in_the_noise_scale():
     assert noise_of([1, 2, 3, 4]) == pytest.approx((4, 1))
     assert noise_of([1, 2, 0, 4]) == pytest.approx((3, 1))
     assert noise_of([0, 0, 0, 2]) == pytest.approx((1, 1))
+
+
+class Company:
+    """Its metric is the square of the sum of the row numbers of one call: it tells which rows came together."""
+
+    @property
+    def parameters(self):
+        return {"w": None}
+
+    def loss(self, params, batch, key):  # noqa: ARG002 -- the signature of a task
+        total = params["w"] * batch["loss_weight"].sum()
+        return total, {"loss": total, "together": batch["row"].astype(jnp.float32).sum() ** 2}
+
+
+def mesh_of(sizes):
+    count = int(np.prod(list(sizes.values()), dtype=int))
+    return jax.make_mesh(tuple(sizes.get(a, 1) for a in axes.AXES), axes.AXES, devices=jax.devices()[:count])
+
+
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_row_r_is_in_part_r_mod_m_and_stays_on_its_device(sizes):
+    rows, parts, mesh = 32, 4, mesh_of(sizes)
+    number = np.arange(rows, dtype=np.uint32)
+    with jax.set_mesh(mesh):
+        row = jax.device_put(number, axes.sharding(("act_batch",)))
+        tokens = jax.device_put(np.tile(number[:, None], (1, 2)), axes.sharding(("act_batch", "act_sequence")))
+        program = jax.jit(lambda row, tokens: (split(row, parts), split(tokens, parts)))
+        of_row, of_tokens = program(row, tokens)
+        assert collectives(program.lower(row, tokens).compile().as_text(), mesh_sizes(mesh)) == {}
+        batch = {"row": row, "loss_weight": tokens.astype(jnp.float32) * 0 + 1}
+        step = jax.jit(lambda w, b: loss_and_gradients(Company(), {"w": w}, b, jax.random.key(0), parts, False)[0])
+        together = float(step(jnp.float32(1), batch)["together"]) * batch["loss_weight"].size
+    for part in range(parts):
+        np.testing.assert_array_equal(np.asarray(of_row)[part], number[number % parts == part])
+        np.testing.assert_array_equal(np.asarray(of_tokens)[part, :, 0], number[number % parts == part])
+    assert together == pytest.approx(sum(float(number[number % parts == part].sum()) ** 2 for part in range(parts)))
