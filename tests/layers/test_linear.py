@@ -70,6 +70,40 @@ def test_values_gradients_and_shardings(sizes):
             np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-3)
 
 
+def attention_block(x, q, k, v, o):
+    """The projections around attention, whose weights have three dims."""
+    queries, keys = (axes.spec("act_batch", "act_sequence", name, None) for name in ("act_heads", "act_kv_heads"))
+    query = column("BSD,DHK->BSHK", ("embed", "heads", "head_dim"), y=queries)
+    key = column("BSD,DGK->BSGK", ("embed", "kv_heads", "head_dim"), y=keys)
+    out = row("BSHK,HKD->BSD", ("heads", "head_dim", "embed"), x=queries)
+    q, k, v = project((query, key, key), SINGLE, x, (q, k, v))
+    (y,) = project((out,), SINGLE, q * jnp.tanh(k) + v, (o,))
+    return y
+
+
+def plain_attention_block(x, q, k, v, o):
+    q, k, v = (jnp.einsum("BSD,DHK->BSHK", x, w) for w in (q, k, v))
+    return jnp.einsum("BSHK,HKD->BSD", q * jnp.tanh(k) + v, o)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_projections_of_attention(sizes):
+    with jax.set_mesh(mesh_of(sizes)):
+        x = draw(0, (B, S, D), "act_batch", "act_residual_sequence", "act_embed")
+        q = draw(1, (D, H, K), "embed", "heads", "head_dim")
+        k, v = (draw(seed, (D, G, K), "embed", "kv_heads", "head_dim") for seed in (2, 3))
+        args = (x, q, k, v, draw(4, (H, K, D), "heads", "head_dim", "embed"))
+        weight = draw(5, (B, S, D), "act_batch", "act_residual_sequence", "act_embed")
+        y, transpose = jax.vjp(jax.jit(attention_block), *args)
+        gradients = transpose(weight)
+        expected, plain_transpose = jax.vjp(plain_attention_block, *(jnp.asarray(np.asarray(a)) for a in args))
+        assert jax.typeof(y).sharding.spec == jax.typeof(x).sharding.spec
+        np.testing.assert_allclose(y, expected, rtol=2e-5, atol=2e-4)
+        for got, want, arg in zip(gradients, plain_transpose(jnp.asarray(np.asarray(weight))), args, strict=True):
+            assert got.sharding.is_equivalent_to(arg.sharding, got.ndim)
+            np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
 def test_check_grads(sizes):
     with jax.set_mesh(mesh_of(sizes)):
