@@ -1,4 +1,4 @@
-"""Losses that are no number: the update is skipped, counted and told; 50 in a row end the run."""
+"""Losses or gradients that are no number: the update is skipped, counted and told; 50 in a row end the run."""
 
 import json
 import math
@@ -24,7 +24,7 @@ ROWS = 8
 
 
 class PoisonedTask:
-    """A task whose loss is no number, or a very large one, in batches with certain rows."""
+    """A task whose loss or its slope is no number, or whose loss is very large, in batches with certain rows."""
 
     def __init__(self, task, model):
         self._task, self._model = task, model
@@ -35,6 +35,9 @@ class PoisonedTask:
     def loss(self, params, batch, key):
         total, sums = self._task.loss(params, batch, key)
         here = jnp.any((batch["row"] >= self._model.first) & (batch["row"] < self._model.last))
+        if self._model.slope_only:
+            edge = jnp.sqrt(jnp.where(here, 0.0 * total, 1.0))  # the slope of the root of 0, times 0, is no number
+            return total + edge - jax.lax.stop_gradient(edge), sums
         factor = jnp.where(here, jnp.float32(self._model.factor or math.nan), 1.0)
         return total * factor, {**sums, "loss": sums["loss"] * factor}
 
@@ -45,16 +48,18 @@ class PoisonedConfig(TransformerConfig):
     last: int = 0
     factor: float = 0.0
     """0 stands for NaN, which no config may hold."""
+    slope_only: bool = False
+    """The loss stays as it is and its gradient is NaN."""
 
     def task(self, config):
         return PoisonedTask(super().task(config), self)
 
 
-def poisoned(folder, first_step, last_step, *flags, factor=0.0):
+def poisoned(folder, first_step, last_step, *flags, **poison):
     """A config whose steps first_step .. last_step (from 1) are poisoned."""
     config = config_of("--run.dir", folder, "--devices", 2, "--optim.ema", 0.9, *flags)
     fields = {name: getattr(config.model, name) for name in config.model.__dataclass_fields__}
-    rows = {"first": (first_step - 1) * ROWS, "last": last_step * ROWS, "factor": factor}
+    rows = {"first": (first_step - 1) * ROWS, "last": last_step * ROWS, **poison}
     return replace(config, model=PoisonedConfig(**fields, **rows))
 
 
@@ -106,6 +111,20 @@ def test_an_undisturbed_run_differs_only_after_the_poisoned_step(tmp_path):
     assert losses(tmp_path / "poisoned")[:3] == losses(tmp_path / "clean")[:3]
     assert losses(tmp_path / "poisoned")[4] != losses(tmp_path / "clean")[4]
     assert alarms(tmp_path / "clean") == []
+
+
+def test_a_gradient_that_is_no_number_is_skipped_although_the_loss_is_one(tmp_path, capsys):
+    """In one of two microbatches."""
+    folder = tmp_path / "run"
+    config = poisoned(folder, 4, 4, "--steps", 6, "--train.microbatches", 2, slope_only=True)
+    assert train(config) is ExitReason.COMPLETED
+    found = lines(folder)
+    assert [line["skipped"] for line in found] == [0, 0, 0, 1, 1, 1]
+    assert all(math.isfinite(line["loss"]) for line in found)
+    assert [math.isfinite(line["grad_norm"]) for line in found] == [True] * 3 + [False] + [True] * 2
+    (alarm,) = alarms(folder)
+    assert alarm == f"step 4: update skipped, loss {found[3]['loss']}, gradient norm nan"
+    assert alarm in capsys.readouterr().out
 
 
 def test_50_in_a_row_end_the_run(tmp_path):
