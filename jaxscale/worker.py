@@ -50,6 +50,8 @@ def run_worker(config: Config, world: World, restore: Restore, sinks: Sinks, hoo
     raises later.
     """
     hooks = hooks or Hooks()
+    if not world.is_writer:
+        sinks = replace(sinks, event=lambda *_, **__: None)  # every process sees the same: one of them tells
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
         config.model.check(config, mesh.devices.flat[0].platform)

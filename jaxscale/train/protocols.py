@@ -153,7 +153,7 @@ class Sinks:
     message: Callable[[str], None]
     """A line for people, on the writer process."""
     event: Callable[..., None]
-    """`event(kind, **fields)`: a line of events.jsonl."""
+    """`event(kind, **fields)`: a line of events.jsonl; the worker calls it on the writer process only."""
     directory: Path
     """The run directory, for traces and samples."""
     programs: Programs
