@@ -285,6 +285,53 @@ def test_auto_without_a_cluster_says_what_to_use(monkeypatch):
         worlds.join(None)
 
 
+CLUSTERS = {
+    "slurm": {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": "COUNT",
+        "SLURM_PROCID": "INDEX",
+        "SLURM_LOCALID": "INDEX",
+    },
+    "open mpi": {
+        "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+        "OMPI_COMM_WORLD_SIZE": "COUNT",
+        "OMPI_COMM_WORLD_RANK": "INDEX",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "INDEX",
+    },
+}
+"""What a launcher tells each process, by launcher."""
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_auto_forms_the_world_that_the_cluster_tells_of(cluster):
+    """As the trainer does: what the backend needs is set before the number of processes is known."""
+    code = f"""
+    import json, os, sys
+    address, count, index = sys.argv[1].split(",")
+    for name, value in {CLUSTERS[cluster]!r}.items():
+        os.environ[name] = value.replace("COUNT", count).replace("INDEX", index)
+    os.environ["JAX_COORDINATOR_PORT"] = address.rpartition(":")[2]
+    import jax, jax.numpy as jnp
+    from jaxscale import mesh, world as worlds
+    from jaxscale.config import Config, ModelConfig
+
+    config = Config("test", ModelConfig())
+    auto = worlds.parse_distributed("auto")
+    mesh.prepare_backend(config, auto)
+    with worlds.membership(auto) as world:
+        jax.set_mesh(mesh.make_mesh(config))
+        total = float(jax.jit(jnp.sum)(jnp.ones((8, 4), out_sharding=jax.P("fsdp"))))
+        told = worlds.broadcast_json(world, "from " + index)
+        print(json.dumps([world.processes, world.index, world.is_writer, total, told, jax.device_count()]))
+    """
+    outcomes = run_world(textwrap.dedent(code), 2, devices_per_process=2)
+    assert [result(outcome.stdout) for outcome in outcomes] == [
+        [2, 0, True, 32.0, "from 0", 4],
+        [2, 1, False, 32.0, "from 0", 4],
+    ]
+
+
 def _no_cluster(**arguments):
     assert "coordinator_address" not in arguments
     raise ValueError("coordinator_address should be defined.")

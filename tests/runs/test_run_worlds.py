@@ -88,6 +88,28 @@ def test_two_processes_train_like_one_and_another_number_goes_on(tmp_path, one):
     check_like_one(tmp_path / "run", one)
 
 
+def test_two_processes_train_in_the_world_that_slurm_tells_of(tmp_path):
+    """`--distributed auto`, with as many devices as each process has, and the port that a variable of JAX's sets."""
+    script = tmp_path / "member.py"
+    script.write_text(
+        "import os, sys\n"
+        "address, processes, index = sys.argv.pop().split(',')\n"
+        "os.environ |= {'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': '127.0.0.1', 'SLURM_NTASKS': processes}\n"
+        "os.environ |= {'SLURM_PROCID': index, 'SLURM_LOCALID': index}\n"
+        "os.environ['JAX_COORDINATOR_PORT'] = address.rpartition(':')[2]\n"
+        "from jaxscale.cli import main\n"
+        "sys.exit(main(['train', *sys.argv[1:], '--distributed', 'auto']))\n"
+    )
+    flags = ("--steps", "2", "--run.dir", str(tmp_path / "run"))
+    outcomes = run_world([str(script), NANO, *SMALL, *flags, PLACE], 2, environment=environment())
+    assert "2 cpu devices in 2 processes: fsdp 2" in outcomes[0].stdout
+    assert "done: 2 steps trained" in outcomes[0].stdout.splitlines()[-1]
+    assert outcomes[1].stdout == ""
+    assert train(tmp_path / "alone", "--steps", 2, "--devices", 1) is ExitReason.COMPLETED
+    check_like_one(tmp_path / "run", tmp_path / "alone")
+    assert list_steps(tmp_path / "run" / "checkpoints") == [2]
+
+
 def test_three_processes_that_do_not_divide_the_batch_of_8(tmp_path, one):
     """Rows of weight 0 fill it; a mesh axis of 3 divides no weight here, so the rows alone are split."""
     outcomes = run_processes(tmp_path / "run", 3, 3, "--mesh.data", "3")
@@ -116,6 +138,34 @@ def test_a_signal_to_one_of_two_stops_both_at_the_same_step(tmp_path, one):
     assert train(folder, *FLAGS, "--devices", 1, "--steps", done + 1) is ExitReason.COMPLETED
     assert len(losses(folder)) == done + 1
     assert losses(folder)[:2] == pytest.approx(losses(one)[:2], abs=1e-5)
+
+
+def test_four_processes_start_and_stop_and_one_reads_what_they_saved(tmp_path):
+    """A signal to process 2 alone stops all four after the same step; one process goes on to what it trains alone."""
+    folder = tmp_path / "run"
+    script = tmp_path / "stop.py"
+    script.write_text(
+        PRELUDE + f"def stop(self, line):\n"
+        f"    write(self, line)\n"
+        f"    if process == 2 and line['step'] == {HALF}: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "Loop._write = stop\n"
+        "sys.exit(main(['train', *sys.argv[1:]]))\n"
+    )
+    flags = ("--optim.schedule", "constant", "--data.held-out-documents", "0", "--evaluate.every", "0")
+    mesh = ("--mesh.tensor", "2", "--mesh.data", "2")
+    outcomes = run_processes(folder, 4, 4, *flags, *mesh, "--steps", "2000", script=(str(script), NANO), check=False)
+    assert [outcome.exit_code for outcome in outcomes] == [ExitReason.STOPPED.value] * 4, outcomes
+    assert "4 cpu devices in 4 processes: data 2 x tensor 2" in outcomes[0].stdout
+    done = len(losses(folder))
+    assert HALF <= done < 200
+    assert f"stopped (another process was asked to stop) after step {done} of 2,000" in outcomes[0].stdout
+    assert [outcome.stdout for outcome in outcomes[1:]] == [""] * 3
+    assert not any("Traceback" in outcome.stderr or "error" in outcome.stderr for outcome in outcomes)
+    assert list_steps(folder / "checkpoints")[-1] == done
+    here = (*FLAGS, *flags, "--devices", 1, "--steps", done + 2)
+    assert train(folder, *here) is ExitReason.COMPLETED
+    assert train(tmp_path / "alone", *here) is ExitReason.COMPLETED
+    check_like_one(folder, tmp_path / "alone")
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
