@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,16 @@ def losses(folder: Path) -> list[float]:
     found = lines(folder)
     assert [line["step"] for line in found] == list(range(1, len(found) + 1)), "a hole in metrics.jsonl"
     return [line["loss"] for line in found]
+
+
+def wait_for_lines(process: subprocess.Popen[Any], folder: Path, count: int) -> None:
+    """Returns when metrics.jsonl has so many lines; fails where the process ends before."""
+    while process.poll() is None:
+        path = folder / "metrics.jsonl"
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"the process ended with {process.returncode} before it had written {count} lines")
 
 
 def last_line(result: subprocess.CompletedProcess[str]) -> str:

@@ -1,6 +1,7 @@
 """The same command gives the same run bit for bit: twice, and killed with SIGKILL wherever and run again."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -8,12 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
-from small_runs import EVERYTHING, NANO, STEPS, command, environment, lines, losses, run, train
+from small_runs import EVERYTHING, NANO, STEPS, command, environment, lines, losses, run, train, wait_for_lines
 
 from jaxscale.checkpoint.restore import list_steps
 from jaxscale.train.protocols import ExitReason
 
 KILLED = str(Path(__file__).with_name("killed_run.py"))
+PACED = str(Path(__file__).with_name("paced_run.py"))
+PACE = 0.05
+"""Seconds that a run to be killed from outside takes more in each section of its loop."""
+SEED = os.environ.get("JAXSCALE_TEST_SEED") or str(random.SystemRandom().randrange(1 << 32))
+"""Of where the random kills come: another one each time."""
 FLAGS = (*EVERYTHING, "--devices", 2, "--checkpoint.every", 2)
 
 
@@ -52,19 +58,28 @@ def test_killed_again_and_again_the_joined_run_is_the_undisturbed_one(tmp_path, 
     assert list_steps(folder / "checkpoints")[-1] == STEPS
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_killed_at_a_random_time(tmp_path, whole, seed):
-    """From outside, as the kernel would: some time after the first lines are there."""
-    random.seed(seed)
+@pytest.mark.parametrize("number", range(2))
+def test_killed_at_a_random_step(tmp_path, whole, number):
+    """From outside, as the kernel would: a drawn time after a drawn number of lines. What is drawn is printed."""
+    print(f"to draw the same again: JAXSCALE_TEST_SEED={SEED}")
+    draw = random.Random(f"{SEED} {number}")
+    count, delay = draw.randrange(1, STEPS - 1), draw.uniform(0, 4 * PACE)
+    print(f"the kill comes {delay:.3f} s after line {count} of metrics.jsonl")
     folder = tmp_path / "run"
-    process = subprocess.Popen(command(folder, *FLAGS), env=environment(), stdout=subprocess.DEVNULL)
+    arguments = command(folder, *FLAGS, script=(PACED, str(PACE), str(STEPS), NANO))
+    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.DEVNULL)
     try:
-        while process.poll() is None and not (folder / "metrics.jsonl").exists():
-            time.sleep(0.01)
-        time.sleep(random.random())
+        wait_for_lines(process, folder, count)
+        time.sleep(delay)
     finally:
         process.kill()
         process.wait()
+    assert process.returncode == -signal.SIGKILL
+    known = lines(folder)
+    assert count <= len(known) < STEPS, "it died in the middle"
+    assert known == lines(whole)[: len(known)]
+    assert STEPS not in list_steps(folder / "checkpoints")
     assert train(folder, *FLAGS) is ExitReason.COMPLETED
     assert lines(folder) == lines(whole)
     assert len(losses(folder)) == STEPS
+    assert epochs(folder)[-1] == 2

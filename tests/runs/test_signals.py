@@ -18,6 +18,7 @@ from small_runs import (
     losses,
     signal_self,
     train,
+    wait_for_lines,
 )
 
 from jaxscale.checkpoint.restore import list_steps
@@ -180,13 +181,3 @@ def test_the_second_signal_ends_at_once(tmp_path):
         process.kill()
         process.wait()
         process.stdout.close()
-
-
-def wait_for_lines(process, folder, count):
-    """Until metrics.jsonl has so many lines, or the process has ended."""
-    while process.poll() is None:
-        path = folder / "metrics.jsonl"
-        if path.exists() and len(path.read_bytes().splitlines()) >= count:
-            return
-        time.sleep(0.02)
-    pytest.fail(f"the process ended with {process.returncode} before it had written {count} lines")
