@@ -1,9 +1,12 @@
 """What becomes of a run after it ended, or on its way: more steps, other weights, phases, hooks, samples, traces."""
 
+import collections
+import gzip
 import itertools
 import json
 import math
 import shutil
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 from small_runs import SMALL, at_section, config_of, lines, losses, signal_self, stop_after, train
 
+from jaxscale import tree
 from jaxscale.checkpoint.layout import read_manifest
 from jaxscale.checkpoint.restore import list_steps, restore_params
 from jaxscale.config import ConfigError
@@ -133,6 +137,29 @@ def test_a_damaged_checkpoint_pushes_no_good_one_out(tmp_path, capsys):
     assert train(folder, *flags, "--steps", 8) is ExitReason.COMPLETED
     assert "resumed after step 5" in capsys.readouterr().out
     assert list_steps(folder / "checkpoints") == [4, 5, 8]
+
+
+def test_a_rejected_checkpoint_is_an_event_with_everything_to_find_it_by(tmp_path, eight):
+    """The newest of two lacks a file: its name, its step and its folder are told, once, before `restored`."""
+    folder = shutil.copytree(eight, tmp_path / "run")
+    assert train(folder, *CONSTANT, "--steps", 9) is ExitReason.COMPLETED
+    name = max(read_manifest(folder / "checkpoints" / "9").files.items(), key=lambda item: item[1])[0]
+    (folder / "checkpoints" / "9" / name).unlink()
+    before = len(events(folder))
+    assert train(folder, *CONSTANT, "--steps", 9) is ExitReason.COMPLETED
+    rejected, started, restored = events(folder)[before : before + 3]
+    assert [started["kind"], restored["kind"], restored["step"]] == ["worker_started", "restored", 8]
+    path = str(folder / "checkpoints" / "9")
+    assert (rejected["kind"], rejected["source"], rejected["epoch"]) == ("rejected", "worker", 3)
+    assert {name: rejected[name] for name in ("tier", "step", "path", "shard")} == {
+        "tier": "durable",
+        "step": 9,
+        "path": path,
+        "shard": "",
+    }
+    assert rejected["reason"] == f"{path}/{name} is missing (No such file or directory)"
+    assert lines(folder)[-1]["step"] == 9
+    assert list_steps(folder / "checkpoints") == [8, 9]
 
 
 # The weights of another run
@@ -296,6 +323,34 @@ def test_layer_statistics_noise_scale_and_spike_score(whole):
     assert [line["spike"] != 0 for line in found] == [False] * 8 + [True] * 4
 
 
+def test_layer_statistics_are_the_norms_of_weights_and_updates(tmp_path):
+    """Against the checkpoints before and after a step, by NumPy in float64; two layers of unlike weights."""
+    folder, flags = tmp_path / "run", (*CONSTANT, "--model.layers", 2, "--run.layer-stats-every", 4)
+    for steps in (3, 4):  # the last state of a run is always saved
+        assert train(folder, *flags, "--steps", steps) is ExitReason.COMPLETED
+    before, after = (
+        {path: np.asarray(leaf, np.float64) for path, leaf in tree.flatten(params_of(folder, step, *flags)).items()}
+        for step in (3, 4)
+    )
+    line = lines(folder)[3]
+    kinds = {"weight": after, "update": {path: after[path] - before[path] for path in after}}
+    expected = {
+        f"layers/{kind}/{path}": norms(path, x) for kind, by_path in kinds.items() for path, x in by_path.items()
+    }
+    found = {name: value for name, value in line.items() if name.startswith(("layers/weight/", "layers/update/"))}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-4), name
+    ups, downs = found["layers/update/layers/mlp/up"], found["layers/update/layers/mlp/down"]
+    assert len({*ups, *downs}) == 4, "each parameter and layer has a number of its own"
+
+
+def norms(path, weights):
+    """One norm per layer of a stacked parameter, else one."""
+    axes = tuple(range(1, weights.ndim)) if path.startswith("layers/") else None
+    return np.sqrt(np.square(weights).sum(axis=axes)).tolist()
+
+
 def test_samples(tmp_path, capsys):
     flags = ("--steps", 4, "--devices", 2, "--sample.every", 2, "--sample.prompt", "Story 1", "--sample.tokens", 5)
     assert train(tmp_path / "run", *flags) is ExitReason.COMPLETED
@@ -308,10 +363,24 @@ def test_samples(tmp_path, capsys):
 
 
 def test_a_trace_of_some_steps(tmp_path):
-    assert train(tmp_path / "run", "--steps", 4, "--devices", 1, "--run.profile", "2:3") is ExitReason.COMPLETED
+    """It opens, and holds exactly the steps asked for with what the devices computed in them."""
+    assert train(tmp_path / "run", "--steps", 5, "--devices", 1, "--run.profile", "2:3") is ExitReason.COMPLETED
+    assert len(losses(tmp_path / "run")) == 5
     (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
-    assert trace.stat().st_size > 1000
-    assert len(losses(tmp_path / "run")) == 4
+    operations = collections.defaultdict(set)
+    for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+        for event in (event for line in plane.lines for event in line.events):
+            with warnings.catch_warnings(action="ignore"):  # of a type that names no module
+                facts = dict(event.stats)
+            if facts.get("hlo_module") == "jit_train_step":
+                operations[facts["run_id"]].add(event.name)
+    assert len(operations) == 2, "two executions of the step"
+    first, second = operations.values()
+    assert first == second
+    assert len(first) > 50
+    assert any("dot" in name for name in first), "the matrix products of the model"
+    with gzip.open(trace.with_name(trace.name.replace("xplane.pb", "trace.json.gz"))) as file:
+        assert first <= {event.get("name") for event in json.load(file)["traceEvents"]}, "what Perfetto shows"
 
 
 def test_a_resumed_run_traces_its_own_early_steps_or_says_why_not(tmp_path, capsys):
