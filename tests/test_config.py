@@ -2,11 +2,13 @@
 
 import ast
 import dataclasses
+import functools
 import typing
 from pathlib import Path
 
 import pytest
 
+from jaxscale.axes import AXES
 from jaxscale.config import (
     CheckpointConfig,
     Config,
@@ -28,6 +30,7 @@ from jaxscale.config import (
     to_dict,
     to_text,
 )
+from jaxscale.mesh import mesh_sizes_for
 from jaxscale.models.rope_config import RopeConfig
 from jaxscale.models.transformer_config import TransformerConfig
 
@@ -54,50 +57,100 @@ CALLED = {
 """What code calls an instance of a class, beside the field of Config that holds it."""
 
 
-def reads() -> dict[str, set[str]]:
-    """Attribute name -> the names of what it is read from, over the package. Validation by the class is no use."""
-    found: dict[str, set[str]] = {}
-    for path in PACKAGE.rglob("*.py"):
-        tree = ast.parse(path.read_text())
-        skipped = {
-            id(node)
-            for function in ast.walk(tree)
-            if isinstance(function, ast.FunctionDef) and function.name == "__post_init__"
-            for node in ast.walk(function)
-        }
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and id(node) not in skipped:
-                owner = getattr(node.value, "attr", None) or getattr(node.value, "id", "")
-                found.setdefault(node.attr, set()).add(owner.lstrip("_"))
-    return found
+class Reads(ast.NodeVisitor):
+    """Collects attribute name -> the names of what it is read from; `self` goes by the name of its class.
+
+    What a class reads of itself to check itself is no use of the field.
+    """
+
+    def __init__(self):
+        self.found: dict[str, set[str]] = {}
+        self._class = ""
+
+    def visit_ClassDef(self, node):
+        outer, self._class = self._class, node.name
+        self.generic_visit(node)
+        self._class = outer
+
+    def visit_FunctionDef(self, node):
+        if node.name != "__post_init__":
+            self.generic_visit(node)
+
+    def visit_Attribute(self, node):
+        self.generic_visit(node)
+        owner = getattr(node.value, "attr", None) or getattr(node.value, "id", "")
+        if isinstance(node.ctx, ast.Load):
+            self.found.setdefault(node.attr, set()).add(self._class if owner == "self" else owner.lstrip("_"))
 
 
-def fields() -> list[tuple[type, str, set[str]]]:
-    """(class, field, names an instance goes by), over Config and all classes below it."""
+@functools.cache
+def reads(folder: Path = PACKAGE) -> dict[str, set[str]]:
+    """What all code below a folder reads."""
+    visitor = Reads()
+    for path in folder.rglob("*.py"):
+        visitor.visit(ast.parse(path.read_text()))
+    return visitor.found
+
+
+def sections() -> dict[type, set[str]]:
+    """Config and all classes below it -> the names that an instance goes by."""
     hints = typing.get_type_hints(Config)
-    sections = {kind: {name} for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
-    classes = {Config: {"config"}, **sections, **{kind: set() for kind in OTHER_CLASSES}}
+    named = {kind: {name} for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    classes = {Config: {"config"}, **named, **{kind: set() for kind in OTHER_CLASSES}}
+    return {kind: names | CALLED.get(kind, set()) | {kind.__name__} for kind, names in classes.items()}
+
+
+def unread(found: dict[str, set[str]], classes: dict[type, set[str]]) -> list[str]:
+    """The fields that nobody reads from an instance of their class."""
     return [
-        (kind, field.name, names | CALLED.get(kind, set()) | {"self"})
-        for kind, names in classes.items()
+        f"{kind.__name__}.{field.name}"
+        for kind, owners in classes.items()
         for field in dataclasses.fields(kind)
+        if not owners & found.get(field.name, set())
     ]
 
 
 def test_every_field_is_read_somewhere():
-    found = reads()
-    unread = [
-        f"{kind.__name__}.{name}"
-        for kind, name, owners in fields()
-        # The mesh axes are read as a whole, by asdict.
-        if kind is not MeshConfig and not owners & found.get(name, set())
-    ]
-    assert not unread, f"no code in jaxscale/ reads {', '.join(unread)}: use the field or delete it"
+    classes = sections()
+    del classes[MeshConfig]  # read as a whole, by `asdict`: the next test
+    assert {Config, ModelConfig, OptimConfig, RunConfig, TransformerConfig, PhaseConfig} <= classes.keys()
+    left = unread(reads(), classes)
+    assert not left, f"no code in jaxscale/ reads {', '.join(left)}: use the field or delete it"
 
 
-def test_a_field_that_nothing_reads_would_be_found():
-    assert "name_that_nothing_reads" not in reads()
-    assert {"steps", "learning_rate", "theta", "weight"} <= {name for _, name, _ in fields()}
+@pytest.mark.parametrize("axis", [field.name for field in dataclasses.fields(MeshConfig)])
+def test_every_axis_of_a_config_reaches_its_mesh(axis):
+    sizes = {axis: 3, "data" if axis == "fsdp" else "fsdp": 2}
+    asked = config(devices=6, mesh=MeshConfig(**sizes))
+    assert mesh_sizes_for(asked) == dict.fromkeys(AXES, 1) | sizes
+
+
+@pytest.mark.parametrize(
+    ("code", "left"),
+    [
+        ("def f(optim): return optim.rate, optim.decay", []),
+        ("def f(config): return config.optim.rate", ["Optim.decay"]),
+        ("def f(optim, data): return optim.rate, data.decay", ["Optim.decay"]),
+        ("def f(optim): optim.rate = optim.decay", ["Optim.rate"]),
+        ("class Optim:\n  def g(self): return self.rate + self.decay", []),
+        ("class Other:\n  def g(self): return self.rate + self.decay", ["Optim.rate", "Optim.decay"]),
+        ("class Optim:\n  def __post_init__(self): assert self.rate\n  def g(self): return self.decay", ["Optim.rate"]),
+    ],
+)
+def test_a_field_that_nothing_reads_is_found(tmp_path, code, left):
+    (tmp_path / "code.py").write_text(code)
+    kind = dataclasses.make_dataclass("Optim", [("rate", float), ("decay", float)])
+    assert unread(reads(tmp_path), {kind: {"optim", "Optim"}}) == left
+
+
+@pytest.mark.parametrize("kind", [Config, DataConfig, CheckpointConfig, TransformerConfig, SourceConfig])
+def test_a_field_that_is_added_to_a_class_and_not_read_is_found(kind):
+    """Also one whose name other things have: `steps` of a part of the config is not `steps` of the config."""
+    names = sections()[kind]
+    added = dataclasses.make_dataclass(kind.__name__, ["name_that_nothing_reads", "returncode"])
+    assert "returncode" in reads(), "read of processes"
+    left = [f"{kind.__name__}.{name}" for name in ("name_that_nothing_reads", "returncode")]
+    assert unread(reads(), {added: names}) == left
 
 
 # What they refuse
