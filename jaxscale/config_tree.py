@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 PLACEMENT = frozenset(
@@ -40,7 +41,12 @@ def to_text(config: Any) -> str:
 
 def config_hash(config: Any) -> str:
     """Eight hex digits that change with what the run computes, not with where it runs."""
-    kept = {k: v for k, v in flatten(to_dict(config)).items() if not _is_placement(k)}
+    return tree_hash(to_dict(config))
+
+
+def tree_hash(tree: Mapping[str, Any]) -> str:
+    """`config_hash` of a config that is a `to_dict` tree already."""
+    kept = {k: v for k, v in flatten(dict(tree)).items() if not _is_placement(k)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -1,10 +1,10 @@
 """What a checkpoint is on disk: which steps exist, which files each must have, which are old enough to delete.
 
 `checkpoints/<step>/` holds Orbax's own files (`state/` ..., `commit_success.txt` last) and beside them `record.json`,
-`config.json`, `environment.json` and, written after everything else, `manifest.json` with the size of every file and
-the shape and dtype of every array. A step without commit file and manifest does not exist. `checkpoints/<step>.saving`
-is there from before the first byte until the manifest: it tells a save that a kill cut short from one that lost its
-manifest later. Read next: `durable.py`.
+`config.json`, `environment.json` and, written after everything else, `manifest.json` with the config's hash, the size
+of every file and the shape and dtype of every array. A step without commit file and manifest does not exist.
+`checkpoints/<step>.saving` is there from before the first byte until the manifest: it tells a save that a kill cut
+short from one that lost its manifest later. Read next: `durable.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxscale.config_tree import tree_hash
 from jaxscale.track import lines
 from jaxscale.train.protocols import Record
 
@@ -111,12 +112,14 @@ def seal(path: Path, record: Record, arrays: Arrays) -> int:
     Raises OSError where the disk does not take it; the step then does not exist.
     """
     fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-    write_json(path / "config.json", fields.pop("config"))
+    config = fields.pop("config")
+    write_json(path / "config.json", config)
     write_json(path / "environment.json", fields.pop("environment"))
     write_json(path / "record.json", fields | {name: lines.mark(fields[name]) for name in ("metrics_line", "best")})
     files = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
     table = {name: {"shape": list(shape), "dtype": dtype} for name, (shape, dtype) in arrays.items()}
-    write_json(path / MANIFEST, {"format": FORMAT, "step": record.step, "files": files, "arrays": table})
+    what = {"format": FORMAT, "step": record.step, "config_hash": tree_hash(config)}
+    write_json(path / MANIFEST, what | {"files": files, "arrays": table})
     _mark(path).unlink(missing_ok=True)
     return sum(files.values())
 

@@ -1,6 +1,8 @@
 """Saving: bits, retention, donation, failures. What restore refuses is in test_restore.py."""
 
 import contextlib
+import dataclasses
+import json
 import threading
 
 import jax
@@ -11,6 +13,8 @@ from jaxscale import tree
 from jaxscale.checkpoint import durable, layout
 from jaxscale.checkpoint.durable import DurableCheckpoints, SaveFailed
 from jaxscale.checkpoint.restore import list_steps, newest_step, restore
+from jaxscale.config import Config, config_hash, to_dict
+from jaxscale.models.transformer_config import TransformerConfig
 
 
 @pytest.fixture(name="mesh")
@@ -59,6 +63,21 @@ def test_a_state_and_its_record_come_back_bit_for_bit(tmp_path, mesh):
     assert record == make_record(7)
     for path, leaf in tree.flatten(state).items():
         assert leaf.sharding == tree.flatten(make_abstract(mesh))[path].sharding
+
+
+def test_a_checkpoint_has_its_config_and_the_hash_of_it(tmp_path, mesh):
+    """The same for a config that was read back from JSON, as after a resume; and one without a hash is still read."""
+    config = Config("test", TransformerConfig(window=(8, 0)), seed=7, steps=9)
+    checkpoints = DurableCheckpoints(tmp_path, every=1, keep=2)
+    for step, told in ((1, to_dict(config)), (2, json.loads(json.dumps(to_dict(config))))):
+        checkpoints.offer(step, make_state(mesh), make_record(step, config=told), final=True)
+    for step in (1, 2):
+        manifest = json.loads((tmp_path / str(step) / layout.MANIFEST).read_bytes())
+        assert manifest["config_hash"] == config_hash(config) != config_hash(dataclasses.replace(config, seed=8))
+        assert json.loads((tmp_path / str(step) / "config.json").read_bytes()) == to_dict(config)
+    del manifest["config_hash"]
+    layout.write_json(tmp_path / "2" / layout.MANIFEST, manifest)
+    assert restore(tmp_path, 2, make_abstract(mesh))[1] == make_record(2, config=to_dict(config))
 
 
 def test_no_entry_of_the_state_is_left_behind(tmp_path, mesh):
@@ -154,6 +173,18 @@ def test_a_due_step_is_skipped_while_a_save_runs_but_the_last_waits(tmp_path, me
     threading.Timer(0.2, saves.go.set).start()
     checkpoints.offer(3, make_state(mesh), make_record(3), final=True)
     assert list_steps(tmp_path) == [1, 3]
+
+
+def test_that_a_save_is_skipped_is_told_by_one_process(tmp_path, mesh, monkeypatch):
+    saves, events = Saves(monkeypatch), []
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    checkpoints = DurableCheckpoints(tmp_path, 1, 3, event=lambda kind, **_: events.append(kind))
+    saves.go.clear()
+    for step in (1, 2):
+        checkpoints.offer(step, make_state(mesh), make_record(step))
+    saves.go.set()
+    checkpoints.close()
+    assert (saves.steps, events) == ([1], [])
 
 
 def test_the_last_state_is_not_saved_twice(tmp_path, mesh, monkeypatch):
