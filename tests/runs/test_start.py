@@ -2,14 +2,17 @@
 
 import importlib.util
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
-from small_runs import ROOT, SMALL, command, environment, last_line, losses, run
+from small_runs import ROOT, SMALL, command, config_of, environment, last_line, losses, run, train
 
 import jaxscale
+from jaxscale import trainer
+from jaxscale.train.protocols import ExitReason
 
 
 def test_the_first_screen_has_at_most_20_lines(tmp_path):
@@ -29,6 +32,27 @@ def test_the_first_screen_has_at_most_20_lines(tmp_path):
     before = result.stdout.partition("step 3/3")[0].splitlines()
     assert len(before) <= 20
     assert "  config: optim.b1: 0.9 -> 0.8" in before
+
+
+def test_a_line_of_a_run_shows_the_mfu_of_its_model_on_its_devices(tmp_path, capsys, monkeypatch):
+    """The measured peak of this machine, and FLOPs of the model's formula: at 100 tokens/s the MFU would be 1 here."""
+    config = config_of("--devices", 2)
+    flops = config.model.task(config).flops_per_token(config.data.sequence)
+    peaks = []
+
+    def peak_flops(devices, dtype):
+        peaks.append((len(devices), dtype, original(devices, dtype)))
+        return 100 * flops
+
+    original = trainer.peak_flops
+    monkeypatch.setattr(trainer, "peak_flops", peak_flops)
+    assert train(tmp_path / "run", "--steps", 6, "--devices", 2) is ExitReason.COMPLETED
+    (measured,) = peaks
+    assert measured[:2] == (2, "float32")
+    assert measured[2] > 1e8, "a processor of this century"
+    shown = re.search(r"step 6/6  loss .*  ([\d,]+) tokens/s  MFU ([\d.]+)%", capsys.readouterr().out)
+    assert shown, "no line of the run shows tokens/s and MFU"
+    assert float(shown[2]) == pytest.approx(float(shown[1].replace(",", "")), abs=0.6)
 
 
 def test_importing_every_module_makes_no_backend_no_thread_and_no_array():
