@@ -1,12 +1,14 @@
 """scripts/setup decides rightly whether there is something to do; constraints.txt and the rules of the house hold."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +79,37 @@ def test_setup_says_which_python_is_missing(checkout):
     assert result.returncode == 1
     assert result.stderr.startswith("error: there is no Python 3.99 here")
     assert installs(checkout) == 0
+
+
+def test_quickstart_trains_and_prints_what_the_model_writes(checkout):
+    """Its own two commands, with the flags that make them short; what it sets up is tested above."""
+    for name in ("scripts/quickstart", "recipes/lm_shakespeare.py", "recipes/data/shakespeare.jsonl.gz"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, checkout / name)
+    (checkout / "scripts" / "setup").write_text("#!/usr/bin/env bash\necho set up\n")
+    command = checkout / ".venv" / "bin" / "jaxscale"
+    command.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -m jaxscale "$@"\n')
+    command.chmod(0o755)
+    small = ["--model.layers", "1", "--model.width", "32", "--model.mlp", "64", "--data.sequence", "64"]
+    flags = ["--steps", "2", *small, "--evaluate.batches", "1"]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "JAXSCALE_CACHE": str(checkout / "cache")}
+    variables["JAX_COMPILATION_CACHE_DIR"] = str(jax.config.jax_compilation_cache_dir)
+    result = subprocess.run(
+        [checkout / "scripts" / "quickstart", *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
+        env=variables,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("set up\nquickstart 1/2: training recipes/lm_shakespeare.py on 8 emulated devices")
+    trained, _, written = result.stdout.partition('quickstart 2/2: the model goes on from "ROMEO."\n')
+    assert "done: 2 steps trained and saved in runs/quickstart" in trained
+    assert written.startswith("ROMEO.\n")
+    assert len(written) > len("ROMEO.\n") + 20
+    assert len((checkout / "runs" / "quickstart" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_constraints_are_exact_and_name_no_place():
