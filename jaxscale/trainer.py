@@ -19,7 +19,7 @@ from jaxscale.checkpoint.durable import DurableCheckpoints, warm_up
 from jaxscale.checkpoint.restore import restore_newest
 from jaxscale.config import Config
 from jaxscale.data.corpora import open_corpora
-from jaxscale.mesh import prepare_backend
+from jaxscale.mesh import mesh_sizes_for, prepare_backend
 from jaxscale.recipe import Hooks
 from jaxscale.run_directory import TAIL_BYTES, RunDirectory, open_run
 from jaxscale.track.jsonl import JsonlMetrics, backwards
@@ -50,6 +50,7 @@ def train(config: Config, world: World | None, hooks: Hooks | None = None) -> Ex
     The run's own directory decides whether this starts, goes on, or has nothing to do. Raises ConfigError, DataError
     and their like on bad input, before anything is written; SaveFailed when the last state could not be saved.
     """
+    mesh_sizes_for(config)  # refused, where it can be, before this process waits for others
     corpora = open_corpora(config)  # built before the world forms: nobody waits for token files in a collective
     with signals() as stop, contextlib.ExitStack() as stack:
         prepare_backend(config, world)

@@ -13,12 +13,14 @@ import textwrap
 import time
 
 import pytest
-from small_runs import NANO, ROOT, SMALL, at_section, command, losses, run, train
+from small_runs import NANO, ROOT, SMALL, at_section, command, config_of, losses, run, train
 
+from jaxscale import trainer
 from jaxscale.checkpoint.restore import list_steps
 from jaxscale.cli import main
 from jaxscale.data.corpus import held_out_documents
-from jaxscale.train.protocols import ExitReason
+from jaxscale.data.token_file import is_token_folder, open_token_file
+from jaxscale.train.protocols import ExitReason, World
 
 REFUSED, FAILED = 2, 1
 
@@ -118,6 +120,49 @@ def test_the_process_says_the_same(tmp_path):
     assert result.stdout == ""
     assert result.stderr.startswith("error: mesh ")
     assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--stepz", "1"], "unknown flag --stepz"),
+        (["--optim.clip", "-1"], "optim.clip is -1"),
+        (["--model.heads", "3"], "model.width 32 is not a multiple of model.heads 3"),
+        (["--data.path", "nowhere.jsonl"], "nowhere.jsonl is not there"),
+        (["--devices", "3"], "3 emulated devices cannot be dealt out to 2 processes"),
+        (["--devices", "2", "--mesh.tensor", "4"], "tensor 4 = 4 does not match 2 devices"),
+        (["--on", "cpu-9"], "cpu-9"),
+    ],
+)
+def test_one_of_two_processes_refuses_what_it_can_before_it_waits_for_the_other(
+    tmp_path, jaxscale, monkeypatch, flags, message
+):
+    monkeypatch.setattr(trainer, "membership", lambda _: pytest.fail("it waits for the other one"))
+    code, text = jaxscale("--run.dir", tmp_path / "run", "--distributed", "127.0.0.1:9,2,1", *flags)
+    assert code == REFUSED
+    assert text.startswith("error: ")
+    assert message in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_token_files_are_there_before_the_world_forms(tmp_path, monkeypatch):
+    """Nobody waits in a collective for a process that still tokenises."""
+    cache = tmp_path / "cache"
+    path = write_text(tmp_path, ["Once more unto the breach, dear friends, once more"] * 40)
+
+    class Forming(Exception):
+        pass
+
+    def membership(_):
+        (built,) = (folder for folder in cache.rglob("*") if is_token_folder(folder))
+        raise Forming(len(open_token_file(built).offsets) - 1)
+
+    monkeypatch.setattr(trainer, "prepare_backend", lambda *_: None)
+    monkeypatch.setattr(trainer, "membership", membership)
+    config = config_of("--run.dir", tmp_path / "run", "--data.path", path, "--data.cache", cache)
+    with pytest.raises(Forming, match=r"^40$"):
+        trainer.train(config, World(2, 1, "127.0.0.1:9"))
     assert not (tmp_path / "run").exists()
 
 
