@@ -256,6 +256,8 @@ def _wrong(
     expected = {line["step"]: line for line in reference}
     if missing := sorted(expected.keys() - trained.keys()):
         yield f"{len(missing)} steps have no line, the first is {missing[0]}"
+    for late in cluster.late_writes():
+        yield f"epoch {late['epoch']} wrote step {late['step']} after a later epoch had begun to train"
     resized_at = min((e["time"] for e in cluster.events("resized")), default=float("inf"))
     resized_step = min((step for step, line in trained.items() if line["time"] > resized_at), default=0)
     for step in sorted(expected.keys() & trained.keys()):

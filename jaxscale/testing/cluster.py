@@ -125,6 +125,18 @@ class RunningCluster:
                 found.append(decode(line))
         return found
 
+    def late_writes(self) -> list[dict[str, Any]]:
+        """Lines of metrics and sealed steps of an epoch after the first line of a later one: its writer should be gone."""
+        found: list[dict[str, Any]] = []
+        highest = 0
+        written = [*self.lines(), *self.events("sealed")]
+        for line in sorted(written, key=lambda one: float(one["time"])):
+            if line["epoch"] < highest:
+                found.append(line)
+            elif "loss" in line:
+                highest = line["epoch"]
+        return found
+
     def memory(self, host: str) -> Path:
         """A host's folder in shared memory."""
         words = Path(f"/proc/{self.agent(host)}/cmdline").read_text().split("\0")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,7 +30,7 @@ def leader(cluster: SeparatedCluster) -> int:
     return next(i for i in range(4) if cluster.net.address(i) == address)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cuts", type=int, default=10)
     parser.add_argument("--recipe", type=Path, default=Path("recipes/lm_nano.py"))
@@ -57,12 +58,15 @@ def main() -> None:
             cluster.net.heal()
             cluster.wait_for(lambda: True if cluster.members() == 4 else None, "a world of 4", HEAL_SECONDS)
             cluster.wait_for_step(cluster.last_line()["step"] + 20, seconds=HEAL_SECONDS)
+        late = cluster.late_writes()
     print(f"{'cut off':<32}{'cuts':>5}{'median s':>10}{'worst s':>9}   target")
     for with_coordinator, seconds in found.items():
         if seconds:
             what = "a host with the coordinator" if with_coordinator else "a host"
             print(f"{what:<32}{len(seconds):>5}{statistics.median(seconds):>10.2f}{max(seconds):>9.2f}   6")
+    print(f"written by a minority after the majority had gone on: {len(late)} lines and steps (target 0)")
+    return 1 if late else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

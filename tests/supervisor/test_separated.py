@@ -63,6 +63,7 @@ def test_a_host_that_is_cut_off_ends_its_worker_and_comes_back(tmp_path):
         assert cluster.members() == 4
         assert cluster.finish() == 0
         assert [step for step, _ in committed(cluster)] == list(range(1, 501))
+        assert not cluster.late_writes(), "the minority commits nothing"
 
 
 def test_a_coordinator_on_the_minority_side_does_nothing_more(tmp_path):
@@ -80,3 +81,4 @@ def test_a_coordinator_on_the_minority_side_does_nothing_more(tmp_path):
         assert cluster.members() == 4
         assert cluster.finish() == 0
         assert [step for step, _ in committed(cluster)] == list(range(1, 501))
+        assert not cluster.late_writes(), "the minority commits nothing"
