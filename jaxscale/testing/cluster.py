@@ -126,7 +126,7 @@ class RunningCluster:
         return found
 
     def late_writes(self) -> list[dict[str, Any]]:
-        """Lines of metrics and sealed steps of an epoch after the first line of a later one: its writer should be gone."""
+        """Lines of metrics and sealed steps of an epoch after the first line of a later one: its writer had to end."""
         found: list[dict[str, Any]] = []
         highest = 0
         written = [*self.lines(), *self.events("sealed")]
