@@ -1,9 +1,11 @@
 """scripts/setup decides rightly whether there is something to do; constraints.txt and the rules of the house hold."""
 
+import contextlib
 import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -94,18 +96,23 @@ def test_quickstart_trains_and_prints_what_the_model_writes(checkout):
     flags = ["--steps", "2", *small, "--evaluate.batches", "1"]
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "JAXSCALE_CACHE": str(checkout / "cache")}
     variables["JAX_COMPILATION_CACHE_DIR"] = str(jax.config.jax_compilation_cache_dir)
-    result = subprocess.run(
+    with subprocess.Popen(
         [checkout / "scripts" / "quickstart", *flags],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
         cwd="/",
         env=variables,
-        timeout=240,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("set up\nquickstart 1/2: training recipes/lm_shakespeare.py on 8 emulated devices")
-    trained, _, written = result.stdout.partition('quickstart 2/2: the model goes on from "ROMEO."\n')
+        start_new_session=True,
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=240)
+        finally:  # the training is a child of the script
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, errors
+    assert output.startswith("set up\nquickstart 1/2: training recipes/lm_shakespeare.py on 8 emulated devices")
+    trained, _, written = output.partition('quickstart 2/2: the model goes on from "ROMEO."\n')
     assert "done: 2 steps trained and saved in runs/quickstart" in trained
     assert written.startswith("ROMEO.\n")
     assert len(written) > len("ROMEO.\n") + 20
