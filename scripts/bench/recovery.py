@@ -47,7 +47,9 @@ TARGETS = {
     "preempt": "0 steps lost",
     "bug": "10",
 }
-"""Seconds, median / worst, with steps under 0.1 s on quiet cores."""
+"""Seconds, median / worst, with steps under 0.1 s on quiet cores; for longer ones two steps more."""
+EFFECTIVE = ((100, 0.97), (15, 0.85))
+"""Seconds between faults from which on this share of the time must be effective."""
 SHAPE = ("--slices", 2, "--hosts-per-slice", 2)
 IN_ONE_RUN = 20
 """Faults; a host is started again at most so often."""
@@ -82,6 +84,8 @@ class Bench:
         self._options, self._folder = options, folder
         self._flags = (*SHAPE, "--memory.every", options.every)
         self.problems: list[str] = []
+        self._paces: list[float] = []
+        """Of undisturbed steps, seconds."""
 
     def strike(self, kind: str) -> None:
         """Faults of one kind, and the losses compared."""
@@ -96,12 +100,16 @@ class Bench:
             report = run_chaos(self._options.recipe, run, first, strikes, reference, flags, 1e-5, ignore)
             self.problems += [f"{kind}: {problem}" for problem in report.problems]
             recoveries += report.recoveries
+            self._paces += [line["step_seconds"] for line in reference[50:]]
             effective += [report.ledger.effective] if report.ledger else []
             events = [json.loads(line) for line in (run / "events.jsonl").read_bytes().splitlines()]
             rejected += len({event["time"] for event in events if event["kind"] == "rejected"})
             workers += sum(event["kind"] == "worker_started" for event in events)
         seconds = [recovery.seconds for recovery in recoveries] or [float("nan")]
+        wanted = next((share for apart, share in EFFECTIVE if self._options.apart >= apart), None)
         more = f"; {min(effective):.1%} effective" if self._options.apart and effective else ""
+        if more and wanted is not None:
+            more += f" (target {wanted:.0%})"
         if kind == "flip":
             more = f"; {rejected} damaged shards were read, and rejected"
         if kind == "coordinator":
@@ -171,7 +179,8 @@ class Bench:
 
     def _print(self, row: str, seconds: list[float], replayed: int, more: str = "") -> None:
         figures = f"{len(seconds):>7}{statistics.median(seconds):>10.2f}{max(seconds):>9.2f}{replayed:>10}"
-        print(f"{row:<12}{figures}   {TARGETS.get(row, '-')}{more}", flush=True)
+        pace = f"; steps of {statistics.median(self._paces):.3f} s" if self._paces else ""
+        print(f"{row:<12}{figures}   {TARGETS.get(row, '-')}{pace}{more}", flush=True)
 
 
 BUG = """
