@@ -28,8 +28,11 @@ END_SECONDS = 20.0
 class SeparatedCluster(RunningCluster):
     """`process` is the first coordinator; the run is over when the agents are."""
 
-    def __init__(self, run: Path, output: Path, net: Network | ProxiedNetwork, shape: tuple[int, int]) -> None:
-        self.net, self._shape, self._agents = net, shape, {}
+    def __init__(
+        self, run: Path, output: Path, net: Network | ProxiedNetwork, shape: tuple[int, int], seat: int = 0
+    ) -> None:
+        """`seat`: index of the first coordinator's place in the network."""
+        self.net, self._shape, self._agents, self._seat = net, shape, {}, seat
         self._folder = Path(tempfile.mkdtemp(prefix="jaxscale-separated-", dir="/dev/shm"))
         write_token(self._folder / "token", new_token())
         self._environment = {**os.environ, **child_environment(self._folder / "token")}
@@ -43,11 +46,11 @@ class SeparatedCluster(RunningCluster):
         return [f"host-{i}" for i in range(self._shape[0] * self._shape[1])]
 
     def start(self, recipe: Path, overrides: Sequence[object]) -> None:
-        """The coordinator lives in the namespace of host-0."""
+        """The coordinator lives in the namespace of host-0, or in one of its own."""
         slices, per_slice = self._shape
-        self._address = f"{self.net.address(0)}:{self.net.port}"
+        self._address = f"{self.net.address(self._seat)}:{self.net.port}"
         shape = ("--slices", slices, "--hosts-per-slice", per_slice, "--devices-per-host", 1, "--run.dir", self.run)
-        self.process = self._start(0, "coordinator", recipe, "--listen", self._address, *shape, *overrides)
+        self.process = self._start(self._seat, "coordinator", recipe, "--listen", self._address, *shape, *overrides)
         for index, host in enumerate(self.hosts):
             self.start_agent(host, index)
 
@@ -97,15 +100,22 @@ class SeparatedCluster(RunningCluster):
 
 @contextlib.contextmanager
 def separated(
-    recipe: Path, run: Path, *overrides: object, shape: tuple[int, int] = (2, 2), by_proxy: bool = False
+    recipe: Path,
+    run: Path,
+    *overrides: object,
+    shape: tuple[int, int] = (2, 2),
+    by_proxy: bool = False,
+    apart: bool = False,
 ) -> Iterator[SeparatedCluster]:
     """Starts slices x hosts in namespaces of their own and yields the cluster; nothing is left on the way out.
 
-    by_proxy: without namespaces, and with proxies on the ways to the coordinator alone.
+    by_proxy: without namespaces, and with proxies on the ways to the coordinator alone. apart: the coordinator has a
+    place of its own, behind those of the hosts.
     """
+    hosts = shape[0] * shape[1]
     run.parent.mkdir(parents=True, exist_ok=True)
-    with (proxied if by_proxy else network)(shape[0] * shape[1]) as net:
-        cluster = SeparatedCluster(run, run.parent / f"{run.name}.out", net, shape)
+    with (proxied if by_proxy else network)(hosts + apart) as net:
+        cluster = SeparatedCluster(run, run.parent / f"{run.name}.out", net, shape, seat=hosts if apart else 0)
         try:
             cluster.start(recipe, overrides)
             yield cluster

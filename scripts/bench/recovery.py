@@ -11,7 +11,7 @@ for bit while the world keeps its size. Rows:
     a kind of `jaxscale chaos` (kill, hang, host, coordinator, preempt, flip, ...)
     slice    both hosts of a slice are lost, without a spare; later they are back. Two rows: shrink, and grow, where the
              time is that between the last step of the smaller world and the first one of the larger
-    bug      an evaluation of the recipe raises, always at the same step: from the second failure to the end of the run
+    bug      an evaluation of the recipe raises, always at the same step: from the first failure to the end of the run
 
 Exit code 1 where anything was not as it must be.
 """

@@ -216,7 +216,7 @@ def test_votes_are_kept_before_they_are_given(tmp_path):
     run(work())
 
 
-@pytest.mark.parametrize("do", ["fence", "work", "welcome", "beat", "promise"])
+@pytest.mark.parametrize("do", ["fence", "work", "welcome", "beat", "promise", "verdict", "drain", "handover"])
 def test_a_word_of_an_older_term_than_was_promised_is_refused_and_not_obeyed(tmp_path, do):
     async def work():
         Voter(tmp_path / "vote.json", "host-1#1").answer(link_module.AskPromise(Term(7, "newer")))

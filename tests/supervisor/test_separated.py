@@ -37,6 +37,32 @@ def test_the_death_of_the_coordinator_alone_disturbs_no_worker(tmp_path):
         assert [e["kind"] for e in cluster.events()][-1] == "done"
 
 
+def test_the_loss_of_the_coordinators_whole_namespace_disturbs_no_worker(tmp_path):
+    with separated(RECIPE, tmp_path / "run", *FLAGS, "--steps", 300, apart=True) as cluster:
+        cluster.wait_for_step(20)
+        cluster.net.cut([4], [0, 1, 2, 3])
+        os.killpg(cluster.process.pid, signal.SIGKILL)
+        cluster.wait_for(lambda: cluster.events("elected")[1:] or None, "an election")
+        assert cluster.finish() == 0
+        assert [step for step, _ in committed(cluster)] == list(range(1, 301))
+        assert {epoch for _, epoch in committed(cluster)} == {1}
+        assert len(cluster.events("worker_started")) == 4
+
+
+def test_of_two_halves_one_goes_on_and_the_other_commits_nothing(tmp_path):
+    with separated(RECIPE, tmp_path / "run", *FLAGS, "--steps", 500) as cluster:
+        cluster.wait_for_step(20)
+        cluster.net.cut([0, 1], [2, 3])
+        cluster.wait_for_step(40, epoch=2, seconds=60)
+        members = sorted(e["host"] for e in cluster.events("worker_started", epoch=2))
+        assert members in (["host-0", "host-1"], ["host-2", "host-3"])
+        cluster.net.heal()
+        cluster.wait_for(lambda: True if cluster.members() == 4 else None, "a world of 4", 120)
+        assert cluster.finish() == 0
+        assert [step for step, _ in committed(cluster)] == list(range(1, 501))
+        assert not cluster.late_writes()
+
+
 def test_another_host_takes_over_when_the_coordinators_host_is_gone(tmp_path):
     with separated(RECIPE, tmp_path / "run", *FLAGS, "--steps", 400) as cluster:
         cluster.wait_for_step(20)

@@ -256,3 +256,11 @@ def test_a_process_that_is_gone_cannot_be_watched():
 )
 def test_an_end_in_words(end, words):
     assert str(end) == words
+
+
+def test_what_forks_and_what_is_forked_have_no_grpc():
+    """Its threads and locks do not survive a fork; it belongs to the coordinator and the agents."""
+    modules = "zygote, worker_process, supervised_run, memory_restore, ahead, programs"
+    code = f"import sys; from jaxscale.supervisor import {modules}; print([m for m in sys.modules if m == 'grpc'])"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert said.stdout.strip() == "[]"
