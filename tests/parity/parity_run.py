@@ -1,4 +1,6 @@
-"""Five steps of `lm_parity` on some mesh: what the parity tests compare. Also run as one process of a world.
+"""Five steps of `lm_parity` or of a variant of it on some mesh: what the parity tests compare.
+
+Also run as one process of a world:
 
 python parity_run.py ADDRESS,N,I OUT '{"sizes": {...}, "changes": {...}}'
 """
@@ -9,6 +11,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +32,24 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 5
 
 
-def parity_config(optimizer: str = "adamw", microbatches: int = 1, remat: str = "none", **data: int) -> Config:
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lm_parity": {},
+    "everything": {
+        "layers": 4, "tied": True, "qk_norm": True, "window": (16, 0), "attention_softcap": 4.0, "logit_softcap": 8.0,
+    },
+}  # fmt: skip
+"""What a variant changes in the model of `lm_parity`."""
+
+
+def parity_config(
+    optimizer: str = "adamw", microbatches: int = 1, remat: str = "none", variant: str = "lm_parity"
+) -> Config:
     config = load_recipe(ROOT / "recipes" / "lm_parity.py").config
     rate = 1e-3 if optimizer == "adamw" else 0.1
     return dataclasses.replace(
         config,
         steps=STEPS,
-        data=dataclasses.replace(config.data, **data),
+        model=dataclasses.replace(config.model, **VARIANTS[variant]),
         optim=OptimConfig(name=optimizer, learning_rate=rate, schedule="constant"),
         train=dataclasses.replace(config.train, microbatches=microbatches),
         remat=RematConfig(policy=remat),

@@ -23,8 +23,9 @@ MESHES = {
 
 
 @lru_cache
-def one_device(optimizer="adamw", microbatches=1, remat="none"):
-    return run(parity_config(optimizer, microbatches, remat), {})
+def one_device(optimizer="adamw", variant="lm_parity"):
+    """The reference: the whole batch at once, nothing recomputed."""
+    return run(parity_config(optimizer, variant=variant), {})
 
 
 def assert_same(result, reference):
@@ -59,9 +60,23 @@ def test_sgd(name):
     assert_same(run(parity_config("sgd"), MESHES[name]), one_device("sgd"))
 
 
-@pytest.mark.parametrize("sizes", [{}, MESHES["data 2 x fsdp 2 x tensor 2"], {"fsdp": 8}], ids=str)
-def test_microbatches(sizes):
-    assert_same(run(parity_config(microbatches=4), sizes), one_device())
+@pytest.mark.parametrize(
+    ("name", "microbatches", "remat"),
+    [
+        ("one", 4, "full"),
+        ("one", 1, "dots"),
+        ("data 8", 4, "full"),
+        ("data 8", 1, "dots"),
+        ("fsdp 8", 4, "dots"),
+        ("fsdp 8", 1, "full"),
+        ("tensor 4", 4, "dots"),
+        ("tensor 4", 1, "full"),
+        ("data 2 x fsdp 2 x tensor 2", 4, "none"),
+    ],
+)
+def test_microbatches_and_remat(name, microbatches, remat):
+    """With `test_remat` and `test_processes`: every mesh with microbatches, `full` and `dots`, and these together."""
+    assert_same(run(parity_config(microbatches=microbatches, remat=remat), MESHES.get(name, {})), one_device())
 
 
 @pytest.mark.parametrize("policy", ["full", "dots", "names", "offload"])
@@ -70,18 +85,38 @@ def test_remat(policy):
 
 
 @pytest.mark.parametrize(
-    ("processes", "devices", "sizes"),
+    ("name", "changes"),
     [
-        (2, 1, {"data": 2}),
-        (2, 2, {"fsdp": 2, "tensor": 2}),
-        (4, 1, {"fsdp": 4}),
-        pytest.param(4, 1, {"data": 2, "tensor": 2}, marks=pytest.mark.slow),
+        ("data 8", {}),
+        ("fsdp 8", {}),
+        ("tensor 4", {"microbatches": 4}),
+        ("data 2 x fsdp 2 x tensor 2", {"microbatches": 4, "remat": "full"}),
     ],
     ids=str,
 )
-def test_processes(processes, devices, sizes, tmp_path):
+def test_a_model_with_everything(name, changes):
+    """Tied, with QK-norm, windows and both soft-caps."""
+    changes = {"variant": "everything", **changes}
+    assert_same(run(parity_config(**changes), MESHES[name]), one_device(variant="everything"))
+
+
+@pytest.mark.parametrize(
+    ("processes", "devices", "sizes", "changes"),
+    [
+        (2, 1, {"data": 2}, {}),
+        (2, 2, {"fsdp": 2, "tensor": 2}, {}),
+        (2, 1, {"fsdp": 2}, {"microbatches": 4, "remat": "full"}),
+        (4, 1, {"fsdp": 4}, {}),
+        (4, 1, {"data": 2, "tensor": 2}, {"microbatches": 4, "remat": "dots"}),
+        pytest.param(2, 1, {"tensor": 2}, {"microbatches": 4, "remat": "dots"}, marks=pytest.mark.slow),
+        pytest.param(4, 1, {"fsdp": 4}, {"microbatches": 4, "remat": "full"}, marks=pytest.mark.slow),
+        pytest.param(4, 1, {"data": 2, "tensor": 2}, {}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_processes(processes, devices, sizes, changes, tmp_path):
     target = tmp_path / "result.npz"
-    request = json.dumps({"sizes": sizes, "changes": {}})
+    request = json.dumps({"sizes": sizes, "changes": changes})
     run_world([parity_run.__file__, "{distributed}", str(target), request], processes, devices)
     assert_same(dict(np.load(target)), one_device())
 
