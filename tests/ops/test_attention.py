@@ -281,7 +281,7 @@ def test_splash_equals_xla(options):
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
 @pytest.mark.parametrize("window", [0, 5])
-def test_cudnn_is_asked_for_the_same_attention(window, packed, monkeypatch):
+def test_cudnn_is_asked_for_the_same_attention_and_gradient(window, packed, monkeypatch):
     """What reaches `jax.nn.dot_product_attention` is computed by its XLA implementation here: no GPU is needed."""
     theirs, asked = jax.nn.dot_product_attention, []
 
@@ -293,9 +293,34 @@ def test_cudnn_is_asked_for_the_same_attention(window, packed, monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", on_xla)
     q, k, v, ids = inputs(B=2)
     ids = jnp.asarray(ids) if packed else None
-    out = attention_cudnn.local_attention(*map(jnp.asarray, (q, k, v)), ids, window=window, softcap=0.0)
-    assert asked == ["cudnn"]
-    np.testing.assert_allclose(out, naive(q, k, v, None if ids is None else np.asarray(ids), window)[0], atol=1e-5)
+    cotangent = np.random.default_rng(1).standard_normal(q.shape).astype(np.float32)
+    expected, expected_gradients = naive(q, k, v, None if ids is None else np.asarray(ids), window, 0.0, cotangent)
+    cudnn = functools.partial(attention_cudnn.local_attention, segment_ids_BS=ids, window=window, softcap=0.0)
+    operands = tuple(map(jnp.asarray, (q, k, v)))
+    np.testing.assert_allclose(cudnn(*operands), expected, atol=1e-5)
+    gradients = jax.grad(loss_of(cudnn, cotangent), argnums=(0, 1, 2))(*operands)
+    assert asked == ["cudnn"] * 2
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
+@pytest.mark.parametrize("window", [0, 100])
+def test_cudnn_lowers_for_a_gpu_that_is_not_there(window, packed, monkeypatch):
+    """Forward and backward are cuDNN's custom calls. All that is pretended is that its library was found."""
+    from jax._src.cudnn import fused_attention_stablehlo as library
+
+    monkeypatch.setattr(library, "check_cudnn_version", lambda: 91000)
+    q, k = (jax.ShapeDtypeStruct((2, 256, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    ids = jax.ShapeDtypeStruct((2, 256), jnp.int32) if packed else None
+
+    def loss(q, k, v, ids):
+        return attention_cudnn.local_attention(q, k, v, ids, window=window, softcap=0.0).astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, k, ids)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    kind = "fmhaScaleBiasSoftmax" if packed else "fmhaSoftmax"
+    assert sorted(re.findall(r"@__cudnn\$(\w+)", text)) == [kind, f"{kind}Backward"]
 
 
 def test_cudnn_without_a_gpu_fails_instead_of_falling_back():
