@@ -93,6 +93,29 @@ def test_numbers_of_every_kind_are_taken(tmp_path):
     assert [line[name] * line["tokens"] for name in "abcd"] == pytest.approx([3, 2, 1, 1], rel=1e-6)
 
 
+def test_sums_are_divided_by_the_weight_of_the_whole_batch(tmp_path):
+    """Three devices, two microbatches: rows of padding in each of them. On one device there is neither."""
+
+    def step_metrics(_, batch):
+        weight = batch["loss_weight"]
+        late = batch["row"][:, None] % 8 >= 6  # the last rows, which share their devices with the padding
+        return {"one": weight.sum(), "odd": (weight * (batch["targets"] % 2)).sum(), "late": (weight * late).sum()}
+
+    hooks, found = Hooks(step_metrics=step_metrics), {}
+    for devices, parts in ((1, 1), (3, 2)):
+        flags = ("--steps", 2, "--devices", devices, "--mesh.data", devices, "--train.microbatches", parts)
+        folder = tmp_path / str(devices)
+        assert train(folder, *flags, "--train.z-loss", 0.01, hooks=hooks) is ExitReason.COMPLETED
+        found[devices] = lines(folder)
+    for alone, padded in zip(found[1], found[3], strict=True):
+        assert padded["tokens"] == alone["tokens"]
+        assert alone["one"] == pytest.approx(1, rel=1e-6)
+        assert 0.1 < alone["late"] < 0.4
+        for name in ("one", "odd", "late", "z_loss", "loss", "grad_norm"):
+            assert padded[name] == pytest.approx(alone[name], rel=1e-5), name
+        assert alone["z_loss"] > 0.1
+
+
 def test_every_field_of_the_run_itself_is_reserved(whole):
     found = {name for line in lines(whole) for name in line}
     assert {"noise_scale", "eval_loss", "spike"} <= found
