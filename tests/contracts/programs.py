@@ -7,6 +7,7 @@ from jaxscale import axes
 from jaxscale.mesh import mesh_sizes
 from jaxscale.optim.build import make_optimizer
 from jaxscale.train.accumulate import loss_and_gradients
+from jaxscale.train.evaluate import make_evaluate
 from jaxscale.train.state import abstract_state
 from jaxscale.train.step import make_step
 
@@ -43,3 +44,10 @@ def trace_step(config, mesh):
     step = make_step(config, task, optimizer)
     state = abstract_state(config, task, optimizer)
     return step.trace(state, abstract_batch(config, mesh), jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def lower_evaluation(config, mesh):
+    """Evaluation of one batch; call inside `jax.set_mesh`."""
+    task = config.model.task(config)
+    params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
+    return make_evaluate(task).lower(params, abstract_batch(config, mesh))

@@ -7,6 +7,9 @@ A loop's body stands in the program once, so the counts are those of one layer p
     data    every weight's gradient is summed once; together with fsdp only the shards that fsdp left
     tensor  forward: the input of attention and of the MLP gathered, their outputs scattered; backward: the same
             mirrored, and the inputs of the weight gradients gathered again; embedding and head add one of each
+
+Microbatches are a loop around all that, a tied head is gathered and summed on its own, and full rematerialisation adds
+one collective: the output of attention is scattered again. What else it repeats the backward pass does anyway.
 """
 
 import dataclasses
@@ -14,10 +17,10 @@ import re
 
 import jax
 import pytest
-from programs import lower_gradients, trace_step
+from programs import lower_evaluation, lower_gradients, trace_step
 
 from jaxscale import axes
-from jaxscale.config import Config, DataConfig, PrecisionConfig, RematConfig
+from jaxscale.config import Config, DataConfig, PrecisionConfig, RematConfig, TrainConfig
 from jaxscale.mesh import mesh_sizes
 from jaxscale.models.transformer_config import TransformerConfig
 from jaxscale.testing.hlo import by_axis, collectives
@@ -89,6 +92,31 @@ def test_forward_and_backward(name, capfd):
     assert not GIVES_UP.search(capfd.readouterr().err)
 
 
+VARIANTS = {
+    "microbatches": dataclasses.replace(CONFIG, train=TrainConfig(microbatches=2)),
+    "remat": dataclasses.replace(CONFIG, remat=RematConfig("full")),
+    "tied": dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, tied=True)),
+}
+VARIANTS["all of it"] = dataclasses.replace(
+    VARIANTS["tied"], remat=RematConfig("full"), train=TrainConfig(microbatches=2)
+)
+
+
+@pytest.mark.parametrize(
+    ("variant", "name"),
+    [*((variant, "all") for variant in VARIANTS), *(("all of it", name) for name in ("data", "fsdp", "tensor"))],
+)
+def test_forward_and_backward_of(variant, name):
+    """With microbatches no row moves: the batch's axes stay on the rows, off the dim that the scan runs over."""
+    config, mesh = VARIANTS[variant], mesh_of(MESHES[name])
+    with jax.set_mesh(mesh):
+        text = lower_gradients(config, mesh).compile().as_text()
+    declared = dict(DECLARED[name])
+    if config.remat.policy == "full" and "tensor" in MESHES[name]:
+        declared["reduce-scatter", ("tensor",)] += 1
+    assert by_axis(collectives(text, mesh_sizes(mesh))) == declared
+
+
 def test_dtypes_on_the_wire():
     """bfloat16 on the way in (the cast comes before the gather), float32 on the way out."""
     config = Config(CONFIG.name, CONFIG.model, data=CONFIG.data, precision=PrecisionConfig(compute="bfloat16"))
@@ -109,6 +137,25 @@ def test_no_step_makes_xla_give_up(optimizer, capfd):
     mesh = mesh_of(MESHES["all"])
     with jax.set_mesh(mesh):
         trace_step(config, mesh).lower().compile()
+    assert not GIVES_UP.search(capfd.readouterr().err)
+
+
+@pytest.mark.usefixtures("compiles_afresh")
+def test_no_realistic_program_makes_xla_give_up(capfd):
+    """As recipes of real models are: bfloat16, everything recomputed, microbatches, and a model with every option."""
+    config = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(
+            CONFIG.model, tied=True, qk_norm=True, window=(16, 0), attention_softcap=4.0, logit_softcap=8.0
+        ),
+        train=TrainConfig(microbatches=2, z_loss=1e-4),
+        precision=PrecisionConfig(compute="bfloat16"),
+        remat=RematConfig("full"),
+    )
+    mesh = mesh_of(MESHES["all"])
+    with jax.set_mesh(mesh):
+        trace_step(config, mesh).lower().compile()
+        lower_evaluation(config, mesh).compile()
     assert not GIVES_UP.search(capfd.readouterr().err)
 
 
