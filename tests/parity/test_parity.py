@@ -64,9 +64,9 @@ def test_sgd(name):
     ("name", "microbatches", "remat"),
     [
         ("one", 4, "full"),
-        ("one", 1, "dots"),
+        pytest.param("one", 1, "dots", marks=pytest.mark.slow),
         ("data 8", 4, "full"),
-        ("data 8", 1, "dots"),
+        pytest.param("data 8", 1, "dots", marks=pytest.mark.slow),
         ("fsdp 8", 4, "dots"),
         ("fsdp 8", 1, "full"),
         ("tensor 4", 4, "dots"),
@@ -87,8 +87,8 @@ def test_remat(policy):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("data 8", {}),
-        ("fsdp 8", {}),
+        pytest.param("data 8", {}, marks=pytest.mark.slow),
+        pytest.param("fsdp 8", {}, marks=pytest.mark.slow),
         ("tensor 4", {"microbatches": 4}),
         ("data 2 x fsdp 2 x tensor 2", {"microbatches": 4, "remat": "full"}),
     ],
@@ -107,7 +107,7 @@ def test_a_model_with_everything(name, changes):
         (2, 2, {"fsdp": 2, "tensor": 2}, {}),
         (2, 1, {"fsdp": 2}, {"microbatches": 4, "remat": "full"}),
         (4, 1, {"fsdp": 4}, {}),
-        (4, 1, {"data": 2, "tensor": 2}, {"microbatches": 4, "remat": "dots"}),
+        pytest.param(4, 1, {"data": 2, "tensor": 2}, {"microbatches": 4, "remat": "dots"}, marks=pytest.mark.slow),
         pytest.param(2, 1, {"tensor": 2}, {"microbatches": 4, "remat": "dots"}, marks=pytest.mark.slow),
         pytest.param(4, 1, {"fsdp": 4}, {"microbatches": 4, "remat": "full"}, marks=pytest.mark.slow),
         pytest.param(4, 1, {"data": 2, "tensor": 2}, {}, marks=pytest.mark.slow),
