@@ -57,12 +57,14 @@ class StoredPrograms:
     def get(self, name: str, lower: Callable[[], jax.stages.Lowered]) -> Compiled:
         """Loads the program, or compiles and stores it. What cannot be loaded is compiled anew and replaced.
 
-        Of the workers that share this folder one compiles while the others wait for it, as long as that makes sense.
+        Of the workers that share this folder one compiles while the others wait for it, as long as that makes sense. Not
+        on GPUs: there XLA shares the tuning of a program out over its processes, so that all have to compile at once.
         """
         path = self.path(name)
         with contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError):  # a time-out among them: then it is compiled twice
-                stack.enter_context(FileLock(path.with_suffix(".lock"), timeout=SHARE_SECONDS, mode=0o600))
+            if jax.default_backend() != "gpu":
+                with contextlib.suppress(OSError):  # a time-out among them: then it is compiled twice
+                    stack.enter_context(FileLock(path.with_suffix(".lock"), timeout=SHARE_SECONDS, mode=0o600))
             return self._get(path, name, lower)
 
     def _get(self, path: Path, name: str, lower: Callable[[], jax.stages.Lowered]) -> Compiled:
