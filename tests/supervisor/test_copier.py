@@ -178,10 +178,12 @@ def fetching(tmp_path, monkeypatch):
     source = Source("table", ((0, 1000),), 1000, digest_of(part), (Location("host-1", "own/gen-0", 0),))
 
     with contextlib.ExitStack() as stack:
+        changes = []
 
         def begin(peers):
             job = SimpleNamespace(host="host-0", job=JOB, folder=str(tmp_path), peers=peers)
-            fetcher = stack.enter_context(memory_restore._Fetcher(job, {"table": "uint8"}))
+            fetcher = stack.enter_context(memory_restore._Fetcher(job, {"table": "uint8"}, changes.append))
+            fetcher.changes = changes
             return fetcher, lambda: fetcher.fetch(source.locations[0], source)
 
         yield begin, folder, part
@@ -199,11 +201,12 @@ def test_a_shard_is_asked_for_again_after_a_failure_that_passes(fetching):
 def test_a_holder_that_is_gone_is_left_alone_also_for_the_other_shards(fetching):
     begin, _, _ = fetching
     with Unsteady("127.0.0.1:1", 1000) as door:
-        _, fetch = begin({"host-1": door.address})
+        fetcher, fetch = begin({"host-1": door.address})
         for _ in range(3):  # as assemble does: each shard asks on its own
             with pytest.raises((SlotError, OSError)):
                 fetch()
         assert door.count == FAILURES
+        assert [(change.name, change.after) for change in fetcher.changes] == [("slot server of host-1", "open")]
         with pytest.raises(SlotError, match="host-1 does not give it: slot server of host-1 was not asked"):
             fetch()
 

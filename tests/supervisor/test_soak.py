@@ -161,8 +161,9 @@ def test_two_soaks_do_not_share_a_results_file(tmp_path, script, capsys):
 
 def test_an_interrupt_reaches_the_run_under_chaos_and_waits_for_its_end(tmp_path):
     """The child stands for `jaxscale chaos`: it says so when it has cleaned up."""
+    # The file is closed by a statement: an interrupt while Python closes what nobody holds any more is swallowed.
     child = (
-        "import sys,time\ntry:\n print('up', file=open(sys.argv[1], 'w'), flush=True)\n time.sleep(60)\n"
+        "import sys,time\ntry:\n with open(sys.argv[1], 'w') as mark: mark.write('up')\n time.sleep(60)\n"
         "except KeyboardInterrupt:\n time.sleep(0.3)\n open(sys.argv[1], 'w').write('cleaned')\n"
     )
     mark = tmp_path / "mark"
