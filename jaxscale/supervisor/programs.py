@@ -57,8 +57,8 @@ class StoredPrograms:
     def get(self, name: str, lower: Callable[[], jax.stages.Lowered]) -> Compiled:
         """Loads the program, or compiles and stores it. What cannot be loaded is compiled anew and replaced.
 
-        Of the workers that share this folder one compiles while the others wait for it, as long as that makes sense. Not
-        on GPUs: there XLA shares the tuning of a program out over its processes, so that all have to compile at once.
+        Of the workers that share this folder one compiles while the others wait for it, as long as that makes sense.
+        Not on GPUs: there XLA shares the tuning of a program out over its processes, so all have to compile at once.
         """
         path = self.path(name)
         with contextlib.ExitStack() as stack:
