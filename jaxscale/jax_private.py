@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import socket
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -117,11 +118,24 @@ def without_compilation_cache() -> Iterator[None]:
     """
     from jax._src import compilation_cache
 
-    enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # it remembers whether it is used
+    with _compiling:
+        if not _without:
+            _enabled.append(jax.config.jax_enable_compilation_cache)
+            jax.config.update("jax_enable_compilation_cache", False)
+            compilation_cache.reset_cache()  # it remembers whether it is used
+        _without.append(None)
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", enabled)
-        compilation_cache.reset_cache()
+        with _compiling:
+            _without.pop()
+            if not _without:
+                jax.config.update("jax_enable_compilation_cache", _enabled.pop())
+                compilation_cache.reset_cache()
+
+
+_compiling = threading.Lock()
+_without: list[None] = []
+"""One entry for each thread that compiles without the cache."""
+_enabled: list[bool] = []
+"""What the first of them found."""

@@ -19,7 +19,7 @@ import jax
 
 from jaxscale import tree
 from jaxscale.checkpoint import agree, layout, leftovers
-from jaxscale.checkpoint.patience import STORAGE_SECONDS, Patience, may_pass
+from jaxscale.checkpoint.patience import STORAGE_SECONDS, UNBROKEN, Patience, may_pass
 from jaxscale.retry import Retry
 from jaxscale.train.protocols import Record
 
@@ -32,6 +32,8 @@ SAVED, RUNNING, FAILED = 0, 1, 2
 """How a save goes on one process; of several processes the highest counts."""
 
 POLL_SECONDS = 0.1
+QUIET_SECONDS = 10.0
+"""How long a save is repeated later at most because another process has not given up the one before."""
 SAVE_LIMIT_SECONDS = 1200
 """How long the processes of a world wait for each other before a save counts as failed."""
 
@@ -73,6 +75,8 @@ class DurableCheckpoints:
         self._saved = {restored}
         self._refused = set(refused)
         self._save: _Save | None = None
+        self._given_up: _Save | None = None
+        """The last one that failed somewhere."""
         self._failure: tuple[int, BaseException] | None = None
         if jax.process_index() == 0 and (left := layout.sweep(self._folder)):
             logger.info("deleted the unfinished saves of steps %s", ", ".join(left))
@@ -97,12 +101,12 @@ class DurableCheckpoints:
             if jax.process_index() == 0:  # all processes know, and once is enough
                 self._say("alarm", what="save skipped", detail=f"step {step}: an older save still runs")
             return
+        patience = Patience(f"saving step {step}")
         if step not in self._saved:
             self._start(step, state, record, final)
         if final:
             self._settle(wait=True)
-            patience = Patience(f"saving step {step}")
-            while self._failure is not None and patience.waits(self._failure[1]):
+            while self._failure is not None and patience.waits(self._failure[1]) and self._is_quiet():
                 self._start(step, state, record, final)
                 self._settle(wait=True)
             self._raise_failure()
@@ -166,7 +170,7 @@ class DurableCheckpoints:
             return
         self._before_seal()
         seal = partial(layout.seal, layout.step_folder(self._folder, record.step), record, arrays)
-        size = Retry("durable tier", transient=may_pass).call(seal, seconds=STORAGE_SECONDS)
+        size = Retry("durable tier", UNBROKEN, transient=may_pass).call(seal, seconds=STORAGE_SECONDS)
         seconds = time.monotonic() - started
         logger.info("saved step %d: %.1f MB in %.2f s", record.step, size / 1e6, seconds)
         self._say(
@@ -199,10 +203,17 @@ class DurableCheckpoints:
             self._failure = None
             return True
         save.abandon()
+        self._given_up = save
         self._failure = (save.step, save.error or RuntimeError("another process could not save its part; see its log"))
         if jax.process_index() == 0:
             self._delete(save.step)  # what was written of it only fills the disk
         return True
+
+    def _is_quiet(self) -> bool:
+        """Whether no process has anything of the save that failed under way: both would write to one place."""
+        if self._given_up is not None:
+            self._given_up.wait(QUIET_SECONDS)
+        return agree.everywhere(self._given_up is None or self._given_up.outcome != RUNNING)
 
     def _delete(self, step: int) -> None:
         try:

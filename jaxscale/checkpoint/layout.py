@@ -109,8 +109,11 @@ def begin(path: Path) -> None:
 def seal(path: Path, record: Record, arrays: Arrays) -> int:
     """Writes record, config, environment and last the manifest into a step that Orbax has committed. Returns its bytes.
 
-    Raises OSError where the disk does not take it; the step then does not exist.
+    Raises OSError where the disk does not take it; the step then does not exist, and this may be called again.
     """
+    (path / MANIFEST).unlink(missing_ok=True)  # of an attempt that failed behind it
+    for left in path.rglob("*" + PARTIAL):
+        left.unlink()
     fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
     config = fields.pop("config")
     write_json(path / "config.json", config)

@@ -15,6 +15,8 @@ from jaxscale import retry
 from jaxscale.checkpoint import agree
 
 STORAGE_SECONDS = 60.0
+UNBROKEN = retry.RetryConfig(failures=1_000_000)
+"""Without a breaker, which would not look again for 30 s: the deadline alone bounds the attempts."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """No wait makes room."""
 PASSING_TEXTS = ("Input/output error", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Connection reset", "timed out")
@@ -50,7 +52,7 @@ class Patience:
         self._failed += 1
         if not agree.highest(may_pass(error) and time.monotonic() < self._until):
             return False
-        seconds = retry.pause(retry.RetryConfig(), self._failed, 0.0)
+        seconds = retry.pause(UNBROKEN, self._failed, 0.0)
         logger.warning("%s failed (%s); it is tried again in %.1f s", self._what, error, seconds)
         time.sleep(seconds)
         return True

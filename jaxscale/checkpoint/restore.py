@@ -20,8 +20,9 @@ from jaxscale import tree
 from jaxscale.checkpoint import agree, layout
 from jaxscale.checkpoint.durable import describe, load_orbax
 from jaxscale.checkpoint.layout import DamagedCheckpoint, list_steps, newest_step
-from jaxscale.checkpoint.patience import Patience
+from jaxscale.checkpoint.patience import STORAGE_SECONDS, UNBROKEN, Patience, may_pass
 from jaxscale.config import ConfigError
+from jaxscale.retry import Retry
 from jaxscale.train.protocols import Record
 
 __all__ = ["list_steps", "newest_step", "restore", "restore_newest", "restore_params", "resume_report"]
@@ -36,16 +37,19 @@ class StateMismatch(ConfigError):
     """The checkpoint holds a state of other arrays than this run wants."""
 
 
-def restore(folder: Path, step: int, abstract_state: Mapping[str, Any]) -> tuple[dict[str, Any], Record]:
+def restore(
+    folder: Path, step: int, abstract_state: Mapping[str, Any], patience: Patience | None = None
+) -> tuple[dict[str, Any], Record]:
     """Loads one step.
 
     `abstract_state`: nested dict of `jax.ShapeDtypeStruct` with shardings, on any mesh and any number of devices; all
     processes of the world call this. Returns the state as `jax.Array`s of exactly these shapes, dtypes and shardings.
     Raises StateMismatch (lists what differs) and DamagedCheckpoint, on all processes alike; the latter for storage that
-    is away only after `patience.STORAGE_SECONDS`.
+    is away only after `patience.STORAGE_SECONDS`, or what is left of the `patience` given.
     """
     path = layout.step_folder(folder.absolute(), step)
-    return Patience(f"reading {path}").call(lambda: _restore(path, abstract_state), DamagedCheckpoint)
+    patience = patience or Patience(f"reading {path}")
+    return patience.call(lambda: _restore(path, abstract_state), DamagedCheckpoint)
 
 
 def _restore(path: Path, abstract_state: Mapping[str, Any]) -> tuple[dict[str, Any], Record]:
@@ -63,11 +67,12 @@ def restore_newest(
     DamagedCheckpoint when there are steps and none can be read, StateMismatch when the newest readable one does not
     fit.
     """
-    steps = agree.from_first(layout.committed(folder) if jax.process_index() == 0 else None)
+    patience = Patience(f"reading {folder}")
+    steps = agree.from_first(_listed(folder) if jax.process_index() == 0 else None)
     reasons: list[str] = []
     for step in reversed(steps):
         try:
-            return restore(folder, step, abstract_state)
+            return restore(folder, step, abstract_state, patience)
         except DamagedCheckpoint as error:
             logger.warning("CHECKPOINT OF STEP %d IS DAMAGED and will not be used: %s", step, error)
             reasons.append(f"step {step}: {error}")
@@ -79,6 +84,12 @@ def restore_newest(
             "training does not start afresh over them; put the files back, or move the folder away to start from step 0"
         )
     return None
+
+
+def _listed(folder: Path) -> list[int]:
+    """On process 0; the others wait for what it says."""
+    list_them = partial(layout.committed, folder)
+    return Retry("durable tier", UNBROKEN, transient=may_pass).call(list_them, seconds=STORAGE_SECONDS)
 
 
 def restore_params(

@@ -77,8 +77,7 @@ class CompileAhead:
         with jax.set_mesh(mesh):
             programs = StoredPrograms(self._folder, program_identity(config, self._processes, devices), devices)
             for name, lower in self._wanted(config, mesh):
-                if not programs.path(name).exists() and not self._ending.is_set():
-                    programs.get(name, lower)
+                if not self._ending.is_set() and programs.prepare(name, lower):
                     logger.info("compiled ahead for a world of %d processes: %s", self._processes, name)
 
     def _wanted(self, config: Config, mesh: jax.sharding.Mesh) -> list[tuple[str, Callable[[], jax.stages.Lowered]]]:

@@ -32,6 +32,8 @@ FORK_SECONDS = 10.0
 END_SECONDS = 1.0
 """A process that has closed its socket is gone by then, and how it ended is known."""
 IMPORT_SECONDS = 120.0
+MEMORY_SECONDS = 5.0
+"""Between two looks at how many processes the kernel has killed for memory."""
 
 
 class ZygoteFailed(RuntimeError):
@@ -77,7 +79,9 @@ class Child:
         self._file = os.pidfd_open(pid)
         self._memory_kills = MemoryKills(pid)
         self._over = asyncio.Event()
-        asyncio.get_running_loop().add_reader(self._file, self._reap)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._file, self._reap)
+        self._timer = self._loop.call_later(MEMORY_SECONDS, self._look)
 
     def send(self, number: signal.Signals) -> None:
         """A signal to the process itself; nothing happens if it has ended."""
@@ -106,8 +110,13 @@ class Child:
         assert self.exit is not None
         return self.exit
 
+    def _look(self) -> None:
+        self._memory_kills.look()
+        self._timer = self._loop.call_later(MEMORY_SECONDS, self._look)
+
     def _reap(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._file)
+        self._timer.cancel()
+        self._loop.remove_reader(self._file)
         try:
             _, status = os.waitpid(self.pid, 0)
             code = os.waitstatus_to_exitcode(status)

@@ -239,7 +239,8 @@ class Machine(Transitions):
 
     def _check_deadline(self, epoch: Epoch, now: float) -> None:
         limit = DEADLINES.get(self.state)
-        if self.state is State.DRAINING and not self.drain_reason and self._some_leave(epoch):
+        is_safe = epoch.commits.committed >= 0  # else this save is all there is, however long it takes
+        if self.state is State.DRAINING and not self.drain_reason and is_safe and self._some_leave(epoch):
             limit = HANDOVER_SECONDS
         if limit is None or now - self.entered <= limit:
             return

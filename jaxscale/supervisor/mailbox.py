@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ MAIL_BYTES = 1 << 17
 
 FULL_SECONDS = 0.5
 """How long a worker waits for an agent whose mailbox is full."""
+AGAIN_SECONDS = 0.01
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ class Mailbox:
 
     def __init__(self, folder: Path, epoch: int) -> None:
         self._path, self._epoch = str(folder / MAILBOX), epoch
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         self._patience = FULL_SECONDS
 
     def say(self, kind: str, fields: Mapping[str, Any]) -> None:
@@ -72,13 +74,19 @@ class Mailbox:
         """
         message = {"kind": kind, "epoch": self._epoch, "pid": os.getpid(), **fields}
         data = json.dumps(message, default=str).encode()
-        self._socket.settimeout(self._patience)
-        try:
-            self._socket.sendto(data, self._path)
-            self._patience = FULL_SECONDS
-        except (TimeoutError, BlockingIOError):
-            if self._patience:
-                logger.warning("the agent takes no words; %r is the first that it misses", kind)
-            self._patience = 0.0
-        except OSError:  # no agent just now: exit codes and records remain
-            logger.info("there is no agent that could hear %r", kind)
+        deadline = time.monotonic() + self._patience
+        while True:
+            try:
+                self._socket.sendto(data, self._path)
+                self._patience = FULL_SECONDS
+                return
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    if self._patience:
+                        logger.warning("the agent takes no words; %r is the first that it misses", kind)
+                    self._patience = 0.0
+                    return
+                time.sleep(AGAIN_SECONDS)
+            except OSError as error:  # no agent just now: exit codes and records remain
+                logger.info("the agent did not hear %r: %s", kind, error)
+                return

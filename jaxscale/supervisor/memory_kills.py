@@ -16,10 +16,14 @@ class MemoryKills:
 
     def __init__(self, pid: int, groups: Path = GROUPS, processes: Path = PROCESSES) -> None:
         self._counters = [file for file in _counters(pid, groups, processes) if file.is_file()]
-        self._before = self._count()
+        self._before = self._last = self._count()
+
+    def look(self) -> None:
+        """To be called every now and then: a kill that is longer ago than two looks was of another process."""
+        self._before, self._last = self._last, self._count()
 
     def happened(self) -> bool:
-        """Whether there was one since this was made. False also where the kernel does not count."""
+        """Whether there was one since the look before the last one. False also where the kernel does not count."""
         return self._count() > self._before
 
     def _count(self) -> int:

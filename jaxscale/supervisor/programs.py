@@ -9,18 +9,20 @@ from the network. Read next: `worker_process.py`.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import logging
 import os
 import pickle
+import secrets
 import stat
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import xxhash
-from filelock import FileLock
 
 from jaxscale import jax_private
 from jaxscale.config import Config, to_dict
@@ -31,7 +33,8 @@ from jaxscale.train.programs import Compiled
 MAGIC = b"jaxscale-program-1\n"
 DIGEST_BYTES = 16
 SHARE_SECONDS = 120.0
-"""How long a worker waits for another one to compile the same program on this host."""
+"""How long a worker waits for another one to compile the same program."""
+LOOK_SECONDS = 0.05
 
 logger = logging.getLogger(__name__)
 
@@ -58,29 +61,40 @@ class StoredPrograms:
         """Loads the program, or compiles and stores it. What cannot be loaded is compiled anew and replaced.
 
         Of the workers that share this folder one compiles while the others wait for it, as long as that makes sense.
-        Not on GPUs: there XLA shares the tuning of a program out over its processes, so all have to compile at once.
         """
         path = self.path(name)
-        with contextlib.ExitStack() as stack:
-            if jax.default_backend() != "gpu":
-                with contextlib.suppress(OSError):  # a time-out among them: then it is compiled twice
-                    stack.enter_context(FileLock(path.with_suffix(".lock"), timeout=SHARE_SECONDS, mode=0o600))
-            return self._get(path, name, lower)
+        program = self._load(path)
+        if program is None:
+            with _turn(path):
+                program = self._load(path)  # another one may have compiled it meanwhile
+                if program is None:
+                    program = self._compile(path, name, lower)
+        return program
 
-    def _get(self, path: Path, name: str, lower: Callable[[], jax.stages.Lowered]) -> Compiled:
+    def prepare(self, name: str, lower: Callable[[], jax.stages.Lowered]) -> bool:
+        """Compiles and stores the program for others, where it is not there yet; whether it was not. Loads nothing."""
+        path = self.path(name)
+        with _turn(path):
+            if path.exists():
+                return False
+            self._compile(path, name, lower)
+        return True
+
+    def _load(self, path: Path) -> Any:
         try:
-            program = _load(path, self._devices)
+            return _load(path, self._devices)
         except FileNotFoundError:
-            program = None
+            return None
         except Exception as error:  # a pickle of another version raises anything; compiling is always right
             logger.warning("the stored program %s cannot be used (%s); it is compiled again", path.name, error)
-            program = None
-        if program is None:
-            self.compiled.append(name)
-            lowered = lower()
-            with jax_private.without_compilation_cache():
-                program = lowered.compile()
-            _store(path, program)
+            return None
+
+    def _compile(self, path: Path, name: str, lower: Callable[[], jax.stages.Lowered]) -> Any:
+        self.compiled.append(name)
+        lowered = lower()
+        with jax_private.without_compilation_cache():
+            program = lowered.compile()
+        _store(path, program)
         return program
 
     def path(self, name: str) -> Path:
@@ -108,6 +122,33 @@ def program_identity(config: Config, processes: int, devices: Sequence[jax.Devic
     }
 
 
+@contextlib.contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Waits while another worker compiles this program, SHARE_SECONDS at most: after that it is compiled twice.
+
+    Not on GPUs: there XLA shares the tuning of a program out over its processes, so all have to compile at once. Where
+    the file system knows no locks nobody waits either. A lock ends with its process.
+    """
+    file = -1
+    if jax.default_backend() != "gpu":
+        with contextlib.suppress(OSError):
+            file = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        deadline = time.monotonic() + SHARE_SECONDS
+        while file >= 0 and time.monotonic() < deadline:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(LOOK_SECONDS)
+            except OSError:
+                break
+        yield
+    finally:
+        if file >= 0:
+            os.close(file)
+
+
 def _load(path: Path, devices: Sequence[jax.Device] | None) -> Any:
     from jax.experimental import serialize_executable
 
@@ -128,7 +169,7 @@ def _store(path: Path, program: jax.stages.Compiled) -> None:
 
     try:
         data = pickle.dumps(serialize_executable.serialize(program))
-        fresh = path.with_name(f"{path.name}.{os.getpid()}")
+        fresh = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
         file = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with open(file, "wb") as stream:
             stream.write(MAGIC + xxhash.xxh3_128_digest(data) + data)

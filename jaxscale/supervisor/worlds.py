@@ -117,7 +117,7 @@ def plan(request: Request, usable: Sequence[Host], current: PlannedWorld | None 
 def next_smaller(request: Request, world: PlannedWorld) -> PlannedWorld | None:
     """The world after the next loss, for compiling its programs before it comes.
 
-    Which slice or host will be lost is unknown, and does not matter: programs depend on sizes and ranks only.
+    Which slice or host will be lost is unknown, and does not matter: programs depend on sizes only.
     """
     last = world.slices[-1]
     left = [m for m in world.members if m.slice != last] if len(world.slices) > 1 else list(world.members[:-1])

@@ -123,7 +123,7 @@ def _service(processes: int, host: str, commands: socket.socket) -> dict[str, An
         for _ in range(SERVICE_TRIES):
             try:
                 port = free_port(host)
-                held = serve(f"{host}:{port}", processes)
+                held = serve(f"{bracketed(host)}:{port}", processes)
                 break
             except (OSError, RuntimeError) as failure:
                 error = str(failure)
@@ -135,7 +135,12 @@ def _service(processes: int, host: str, commands: socket.socket) -> dict[str, An
     pid, said = fork(body, commands)
     if "port" not in said:
         raise ForkError(f"the epoch's coordination service could not listen: {said.get('error', 'it died')}")
-    return {"pid": pid, "address": f"{host}:{said['port']}"}
+    return {"pid": pid, "address": f"{bracketed(host)}:{said['port']}"}
+
+
+def bracketed(host: str) -> str:
+    """As it stands before a port: addresses of version 6 in brackets."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def fork(body: Callable[[int], Any], commands: socket.socket) -> tuple[int, dict[str, Any]]:

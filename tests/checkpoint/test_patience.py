@@ -111,3 +111,25 @@ def test_what_may_pass(error, passes):
     outer = DamagedCheckpoint("cannot be read")
     outer.__cause__ = error
     assert may_pass(outer) == passes
+
+
+@pytest.mark.parametrize("where", ["before", "behind"])
+def test_a_seal_that_failed_anywhere_is_whole_the_second_time(tmp_path, monkeypatch, where, mesh):
+    """Nothing that the first attempt left counts as a part of the step."""
+    real, failed = layout.write_json, []
+
+    def write_json(path, value):
+        if path.name == layout.MANIFEST and not failed:
+            failed.append(path)
+            if where == "behind":
+                real(path, {**value, "more": "than the second attempt writes"})
+            else:
+                path.with_name(path.name + layout.PARTIAL).write_text("half")
+            raise AWAY
+        real(path, value)
+
+    monkeypatch.setattr(layout, "write_json", write_json)
+    assert [kind for kind, _ in save(tmp_path, [1])] == ["sealed"]
+    assert failed
+    _, record = restore_newest(tmp_path, make_abstract(mesh))
+    assert record.step == 1

@@ -41,6 +41,16 @@ def test_a_count_that_grows_is_a_kill(tmp_path, groups, file):
     assert kills.happened()
 
 
+def test_a_kill_that_is_long_ago_was_of_another_process(tmp_path):
+    tree(tmp_path, VERSION_2, "job/a/memory.events", 3)
+    kills = MemoryKills(7, tmp_path, tmp_path)
+    tree(tmp_path, VERSION_2, "job/a/memory.events", 4)
+    kills.look()
+    assert kills.happened(), "it may be this one that is dying"
+    kills.look()
+    assert not kills.happened()
+
+
 @pytest.mark.parametrize("text", ["", "oom_kill many\n", "one\n", None])
 def test_a_kernel_that_does_not_count_says_no(tmp_path, text):
     tree(tmp_path, VERSION_2, "job/a/memory.events", 0)
