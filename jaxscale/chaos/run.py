@@ -26,9 +26,6 @@ from jaxscale.track.lines import decode, encode
 RECOVERY_SECONDS = 120.0
 ACCOUNTED = 0.995
 """Share of the wall time that a run's own logs must explain."""
-NEAR_STEPS, DRIFT = 50, 100.0
-"""Sums in another order differ in their last bits, and training makes such differences grow: so long after the first
-resize the tolerance holds as it is, later DRIFT times as much is allowed."""
 SETTLE_STEPS = 3
 """Steps of the first epoch before the first fault, and after a fault that must not be noticed."""
 REFERENCE_RUN, REFERENCE_DONE = "run", "done.json"
@@ -115,7 +112,7 @@ def run_chaos(
     """Strikes a run of `recipe` and judges it.
 
     reference: metrics lines of the undisturbed run with the same overrides, whose losses must come out again: bit for
-    bit while the world keeps its size, within `tolerance` (relative) for some time after a resize (NEAR_STEPS).
+    bit while the world keeps its size, within `tolerance` (relative) after a resize.
     """
     report = Report(seed)
     with launched(recipe, folder, *overrides) as cluster:
@@ -259,7 +256,6 @@ def _wrong(
     for late in cluster.late_writes():
         yield f"epoch {late['epoch']} wrote step {late['step']} after a later epoch had begun to train"
     resized_at = min((e["time"] for e in cluster.events("resized")), default=float("inf"))
-    resized_step = min((step for step, line in trained.items() if line["time"] > resized_at), default=0)
     for step in sorted(expected.keys() & trained.keys()):
         line, right = trained[step], expected[step]
         if (line["row"], line["rows"]) != (right["row"], right["rows"]):
@@ -267,9 +263,7 @@ def _wrong(
             return
         difference = abs(line["loss"] - right["loss"]) / abs(right["loss"])
         report.largest_difference = max(report.largest_difference, difference)
-        limit = 0.0
-        if line["time"] > resized_at:
-            limit = tolerance * (1.0 if step < resized_step + NEAR_STEPS else DRIFT)
+        limit = tolerance if line["time"] > resized_at else 0.0
         if difference > limit:
             yield f"the loss of step {step} is {line['loss']!r}, not {right['loss']!r}"
             return
