@@ -5,6 +5,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import hypothesis
 import jax
 
 from jaxscale.mesh import emulation_flags
@@ -16,3 +17,7 @@ CACHE = Path(os.environ.get("JAXSCALE_TEST_CACHE", Path.home() / ".cache" / "jax
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# A busy machine is no fault of what is tested.
+hypothesis.settings.register_profile("jaxscale", deadline=None)
+hypothesis.settings.load_profile("jaxscale")
