@@ -55,7 +55,7 @@ class ChaosCommand:
     most: int = 25
     """Most."""
     tolerance: float = 1e-5
-    """Relative difference of losses that is allowed after a resize."""
+    """Relative difference of losses that is allowed for 50 steps after the first resize; then it doubles every 50."""
     folder: str = ""
     """Where the runs go; empty: a temporary folder that is removed."""
     reference: str = ""
