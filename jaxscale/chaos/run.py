@@ -267,7 +267,7 @@ def _wrong(
             return
         difference = abs(line["loss"] - right["loss"]) / abs(right["loss"])
         report.largest_difference = max(report.largest_difference, difference)
-        doublings = max(0.0, (step - resized_step - NEAR_STEPS) / DOUBLING_STEPS)
+        doublings = min(max(0.0, (step - resized_step - NEAR_STEPS) / DOUBLING_STEPS), 64.0)
         limit = tolerance * 2.0**doublings if line["time"] > resized_at else 0.0
         if difference > limit:
             yield f"the loss of step {step} is {line['loss']!r}, not {right['loss']!r}"
