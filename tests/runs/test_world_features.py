@@ -1,4 +1,4 @@
-"""What a run can have, in a world of two processes: the same lines as one process writes on the same mesh."""
+"""What a run can have, in worlds of two and four processes: the same lines as one process writes on the same mesh."""
 
 import json
 import math
@@ -38,11 +38,16 @@ def train_alone(folder, *flags):
     assert trainer.train(command.config, World(), recipe.hooks(command.config)) is ExitReason.COMPLETED
 
 
-def train_in_two(folder, *flags):
-    """In two processes with a device each; returns what process 0 printed."""
-    outcomes = run_world([*arguments(folder, *flags), "--distributed", PLACE], 2, environment=environment())
-    assert "2 cpu devices in 2 processes: fsdp 2" in outcomes[0].stdout
+def train_in(count, folder, *flags):
+    """In so many processes with a device each; returns what process 0 printed."""
+    words = [*arguments(folder, *flags, "--devices", count), "--distributed", PLACE]
+    outcomes = run_world(words, count, environment=environment())
+    assert f"{count} cpu devices in {count} processes: fsdp {count}" in outcomes[0].stdout
     return outcomes[0].stdout
+
+
+def train_in_two(folder, *flags):
+    return train_in(2, folder, *flags)
 
 
 @pytest.fixture(scope="module", name="one")
@@ -72,6 +77,12 @@ def check_alike(folder, expected_folder):
             else:
                 relative = 0.02 if name in ILL_CONDITIONED else 1e-4
                 assert found[name] == pytest.approx(value, rel=relative, abs=1e-5, nan_ok=True), where
+
+
+def test_four_processes_write_the_lines_of_one(tmp_path):
+    train_alone(tmp_path / "one", *FEATURES, "--steps", STEPS, "--devices", 4)
+    train_in(4, tmp_path / "four", *FEATURES, "--steps", STEPS)
+    check_alike(tmp_path / "four", tmp_path / "one")
 
 
 def test_two_processes_write_the_lines_of_one(one, two):
