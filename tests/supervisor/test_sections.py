@@ -104,7 +104,8 @@ WHO = {
     "who", [pytest.param("agent", marks=pytest.mark.slow), pytest.param("zygote", marks=pytest.mark.slow), "worker"]
 )
 def test_a_host_that_is_told_to_end_leaves_within_the_notice_and_no_step_is_lost(tmp_path, who, section, step, flags):
-    recipe, marker = recipe_that(tmp_path, "time.sleep(1)", section, step)
+    # Long enough to be told while it is there, and shorter than the least limit of a section, which is 1 s.
+    recipe, marker = recipe_that(tmp_path, "time.sleep(0.5)", section, step)
     with launched(recipe, tmp_path / "run", *COMMON, *flags, "--steps", 30, "--restart-after", -1) as run:
         run.wait_for(lambda: marker.exists() or None, f"process 1 in the section {section}", 120)
         worker = WHO["worker"](run, "host-1")
