@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxscale.supervisor.process_stat import children_of
+from jaxscale.supervisor.slot_files import COPIES
 from jaxscale.testing.cluster import RunningCluster
 
 HEADER_BYTES = 4096
@@ -38,7 +40,7 @@ class FaultKind:
     epochs: bool
     """Whether a new epoch must follow. Without one training goes on as if nothing had happened."""
     classes: tuple[str, ...] = ()
-    """`class` of the `fault` events that may follow; empty: none must."""
+    """`class` of the `fault` events that may follow, the first of which must; empty: none may."""
     about: str = ""
     tells: str = ""
     """Kind of event that must be among those that follow."""
@@ -113,22 +115,82 @@ def _kill_again(cluster: RunningCluster, draw: random.Random) -> str:
         return chosen["host"], chosen["pid"]
 
     second, pid = cluster.wait_for(victim, f"{state} after a kill", SEEN_SECONDS)
+    epoch = next(e["epoch"] for e in cluster.events("worker_started") if e["pid"] == pid)
     with contextlib.suppress(ProcessLookupError):  # it may have been fenced: then the recovery had one fault more
         os.kill(pid, signal.SIGKILL)
+
+    def third() -> bool | None:
+        return any(e["epoch"] > epoch for e in cluster.events("worker_started")) or None
+
+    # A kill that comes late in the recovery lets the others train a step: this one's end is not the end of the fault.
+    cluster.wait_for(third, f"epoch after the {state} of epoch {epoch}", SEEN_SECONDS)
     return f"SIGKILL to the worker of {first}, and in {state} to the one of {second}"
 
 
-def _cut_off(cluster: RunningCluster, draw: random.Random) -> str:
-    """An agent is silent until its host counts as lost, then it is back: with a worker of an epoch that is over."""
+def _cut_off(is_whole: bool) -> Hurt:
+    """A host is silent until it counts as lost, then it is back: with a worker of an epoch that is over.
+
+    is_whole: all of its processes stand still, as when a virtual machine is paused, so that none of them can know; else
+    its agent alone does.
+    """
+
+    def hurt(cluster: RunningCluster, draw: random.Random) -> str:
+        host, worker = cluster.worker(draw.randrange(cluster.members()))
+        agent, seen = cluster.agent(host), len(cluster.events("fault"))
+        stopped = [agent, *children_of(agent)] if is_whole else [agent]
+        if is_whole and worker not in stopped:
+            raise NotYet(f"the worker of {host} (pid {worker}) is no child of its agent now")
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            cluster.wait_for(lambda: len(cluster.events("fault")) > seen or None, f"loss of {host}", SEEN_SECONDS)
+            time.sleep(draw.uniform(0.0, 2.0))
+        finally:
+            for pid in reversed(stopped):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+        return f"{host if is_whole else f'the agent of {host}'} stopped until it was missed"
+
+    return hurt
+
+
+def _lose_partners(cluster: RunningCluster, draw: random.Random) -> str:
+    """A host and a peer that holds a copy of its memory: what only they had is on the durable tier, or nowhere."""
+    names = [cluster.worker(rank)[0] for rank in range(cluster.members())]
+    pairs = [(a, b) for a in names for b in names if a != b and any(_copies(cluster, a, b))]
+    if not pairs:
+        raise NotYet("no host holds a copy of another one's memory")
+    pair = draw.choice(pairs)
+    for host in pair:
+        cluster.kill_host(host)
+    return f"{pair[0]} and {pair[1]}, which held its copies, gone with their memory"
+
+
+def _damage_copies(cluster: RunningCluster, draw: random.Random) -> str:
+    """The copies that peers hold of a host's newest step are damaged; then it is gone, so that they are wanted."""
     host, _ = cluster.worker(draw.randrange(cluster.members()))
-    agent, seen = cluster.agent(host), len(cluster.events("fault"))
-    os.kill(agent, signal.SIGSTOP)
+    holders = [cluster.worker(rank)[0] for rank in range(cluster.members())]
+    copies = [path for holder in holders if holder != host for path in _copies(cluster, host, holder)]
+    if not copies:
+        raise NotYet(f"no peer holds a copy of the memory of {host}")
+    # No more copies come, or the damaged one would be written anew before anyone reads it.
+    os.kill(cluster.agent(host), signal.SIGSTOP)
+    newest = max(copy.stat().st_mtime_ns for copy in copies)
+    damaged = [copy for copy in copies if copy.stat().st_mtime_ns == newest]
     try:
-        cluster.wait_for(lambda: len(cluster.events("fault")) > seen or None, f"loss of {host}", SEEN_SECONDS)
-        time.sleep(draw.uniform(0.0, 2.0))
+        for copy in damaged:
+            flip(copy, draw)
     finally:
-        os.kill(agent, signal.SIGCONT)
-    return f"the agent of {host} stopped until it was missed"
+        cluster.kill_host(host)
+    return (
+        f"a flipped bit in the newest copy of {host} at {damaged[0].parents[2].name}, and {host} gone with its memory"
+    )
+
+
+def _copies(cluster: RunningCluster, owner: str, holder: str) -> list[Path]:
+    """The copies of the memory slots of `owner` that `holder` has."""
+    found = (cluster.memory(holder) / COPIES / owner).glob("gen-*")
+    return [copy for copy in found if copy.stat().st_size > HEADER_BYTES]
 
 
 def _lose_slice(cluster: RunningCluster, draw: random.Random) -> str:
@@ -209,7 +271,12 @@ KINDS: Mapping[str, FaultKind] = types.MappingProxyType(
         "service": FaultKind(_kill_service, True, RECOVERABLE, "JAX's coordination service dies"),
         "host": FaultKind(_lose_host, True, ANY, "a host is gone with its memory"),
         "slice": FaultKind(_lose_slice, True, ANY, "all hosts of a slice are gone with their memory"),
-        "cut": FaultKind(_cut_off, True, ANY, "a host is silent until it is given up, then it is back"),
+        "partners": FaultKind(
+            _lose_partners, True, ANY, "a host and the holder of its copies are gone, with their memory"
+        ),
+        "copies": FaultKind(_damage_copies, True, ANY, "bits flip in the copies of a host; it is gone with its memory"),
+        "cut": FaultKind(_cut_off(False), True, ANY, "a host is silent until it is given up, then it is back"),
+        "pause": FaultKind(_cut_off(True), True, ANY, "a host stands still until it is given up, then it goes on"),
         "again": FaultKind(_kill_again, True, ANY, "a worker is killed, and another one while training recovers"),
         "zygote": FaultKind(_kill_zygote, False, (), "a zygote dies"),
         "agent": FaultKind(_kill_agent, False, (), "an agent dies, its worker lives"),

@@ -11,13 +11,14 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jaxscale.chaos.faults import KINDS, FaultKind, NotYet
 from jaxscale.chaos.ledger import Ledger, account
+from jaxscale.chaos.resources import Held, crowded, held, leaked
 from jaxscale.chaos.schedule import Strike
 from jaxscale.testing.cluster import RunningCluster, launched, left_behind
 from jaxscale.track.jsonl import read_metrics
@@ -31,6 +32,8 @@ NEAR_STEPS = DOUBLING_STEPS = 50
 (docs/decisions.md): the tolerance holds so long after the first resize, and from there on doubles as well."""
 SETTLE_STEPS = 3
 """Steps of the first epoch before the first fault, and after a fault that must not be noticed."""
+LEAK_SECONDS = 5.0
+"""How long what looks like a leak may take to go away."""
 REFERENCE_RUN, REFERENCE_DONE = "run", "done.json"
 """In the folder of a reference: the run directory, and what it was made with, written when it is whole."""
 
@@ -123,10 +126,12 @@ def run_chaos(
         try:
             cluster.wait_for_step(SETTLE_STEPS, seconds=RECOVERY_SECONDS)
             memory = cluster.memory(cluster.worker(0)[0]).parent
+            before = held(cluster)
             for strike in strikes:
                 report.recoveries.append(strike_once(cluster, strike))
                 last = report.recoveries[-1]
                 tell(f"  {last.kind}: {last.whom} at step {last.step}: {_ended(last)}")
+            report.problems += _leaks(cluster, before, memory)
             code = cluster.finish(RECOVERY_SECONDS * 10)
             if code != 0:
                 report.problems.append(f"exit code {code}: {cluster.output.strip().splitlines()[-1:]}")
@@ -140,6 +145,17 @@ def run_chaos(
             if memory is not None and memory.exists():
                 report.problems.append(f"left behind: {memory}, with {len(list(memory.rglob('*')))} files")
     return report
+
+
+def _leaks(cluster: RunningCluster, before: Mapping[int, Held], memory: Path) -> list[str]:
+    """What the processes hold more than before the first fault, once what is under way has had time to end."""
+    found: list[str] = []
+    deadline = time.monotonic() + LEAK_SECONDS
+    while time.monotonic() < deadline:
+        if not (found := [*leaked(before, held(cluster)), *crowded(memory)]):
+            break
+        time.sleep(0.1)
+    return found
 
 
 def strike_once(cluster: RunningCluster, strike: Strike) -> Recovery:
@@ -168,7 +184,7 @@ def strike_once(cluster: RunningCluster, strike: Strike) -> Recovery:
         _check_leave(cluster, before, seen, f"{strike.kind} ({whom})")
     else:
         classes = [event["class"] for event in cluster.events()[seen:] if event["kind"] == "fault"]
-        if not classes or not set(classes) <= set(kind.classes):
+        if not set(classes) <= set(kind.classes) or kind.classes[0] not in classes:
             raise AssertionError(f"{strike.kind} ({whom}) was judged {classes or 'no fault'}, not {kind.classes}")
         if kind.tells and not any(event["kind"] == kind.tells for event in cluster.events()[seen:]):
             raise AssertionError(f"{strike.kind} ({whom}) was followed by no event {kind.tells!r}")

@@ -25,7 +25,7 @@ FIRST_STEPS, LAST_STEPS, BETWEEN_STEPS = 10, 50, 10
 """Before the first fault, after the last, and after each: a fault of no consequence takes some steps as well."""
 LEAVE_STEPS = 40
 """More of them after a host was told to end, or is cut off: training goes on meanwhile."""
-LEAVING = ("preempt", "cut")
+LEAVING = ("preempt", "cut", "pause")
 
 
 def steps_for(strikes: Sequence[Strike]) -> int:

@@ -50,6 +50,8 @@ class ChaosCommand:
     """Hosts that stand in for a lost one."""
     every: int = 1
     """Steps between memory checkpoints."""
+    durable: int = 50
+    """Steps between durable checkpoints, for what no memory has any more; 0 = none before the end."""
     least: int = 5
     """Fewest new steps between two faults."""
     most: int = 25
@@ -80,7 +82,7 @@ def run_chaos_command(args: Sequence[str], prog: str | None = None) -> int:
     )
     if unknown := [kind for kind in command.kinds if kind not in KINDS]:
         raise UsageError(f"there is no kind of fault {unknown[0]!r}; kinds are {', '.join(KINDS)}")
-    for name, least in (("faults", 1), ("least", 1), ("slices", 1), ("hosts_per_slice", 1)):
+    for name, least in (("faults", 1), ("least", 1), ("slices", 1), ("hosts_per_slice", 1), ("durable", 0)):
         if getattr(command, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(command, name)}; use {least} or more")
     if command.slices == 1 and "slice" in command.kinds:
@@ -107,7 +109,7 @@ def _run(command: ChaosCommand, recipe: Path, folder: Path) -> int:
     strikes = schedule(command.seed, command.faults, kinds, command.least, command.most)
     steps = command.steps or steps_for(strikes)
     shape = ("--slices", command.slices, "--hosts-per-slice", command.hosts_per_slice)
-    common = (*shape, "--steps", steps, "--memory.every", command.every)
+    common = (*shape, "--steps", steps, "--memory.every", command.every, "--checkpoint.every", command.durable)
     home = Path(command.reference).absolute() if command.reference else folder / "undisturbed"
     if not command.reference:
         shutil.rmtree(home, ignore_errors=True)

@@ -278,8 +278,7 @@ class Agent:
         )
         self._copies.fence(epoch)
         self._start_copier(message)
-        path = self.folder / f"job-{epoch}.json"
-        job.write(path)
+        path = job.write(self.folder)
         self._view.begin()
         try:
             said = await self._keeper.request({"do": "worker", "job": str(path)})

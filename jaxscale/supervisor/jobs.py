@@ -48,13 +48,17 @@ class WorkerJob:
     peers: Mapping[str, str] = field(default_factory=dict)
     """Host -> address of its agent's slot server."""
 
-    def write(self, path: Path) -> None:
-        """Mode 0600; whole or not at all."""
+    def write(self, folder: Path) -> Path:
+        """Mode 0600; whole or not at all. Those of earlier epochs go: no worker of theirs may start any more."""
+        path = folder / f"job-{self.epoch}.json"
+        for old in folder.glob("job-*.json"):
+            old.unlink(missing_ok=True)
         fresh = path.with_name(path.name + ".partial")
         file = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with open(file, "w", encoding="utf-8") as stream:
             json.dump(dataclasses.asdict(self), stream, default=dict)
         os.replace(fresh, path)
+        return path
 
 
 def read_job(path: Path) -> WorkerJob:
