@@ -99,13 +99,15 @@ class WorkerHung:
 
 @dataclass(frozen=True)
 class HostLost:
-    """An agent's lease has ended: its host is gone, cut off, or stopped."""
+    """An agent's lease has ended: its host is gone, cut off, or stopped. Or it is there again, as a new one."""
 
     kind: ClassVar[str] = "host_lost"
     host: str
     epoch: int
     seconds: float
     """Since the last heartbeat."""
+    anew: bool = False
+    """It was started again, without its worker and without its memory."""
 
 
 @dataclass(frozen=True)
@@ -265,6 +267,8 @@ def sentence(evidence: Evidence) -> str:
             limit = f"{evidence.seconds:.1f} s, limit {evidence.limit:.1f} s"
             how = "is stopped" if evidence.stopped else "hangs"
             return f"worker of {evidence.host} {how} in {_where(evidence)} ({limit})"
+        case HostLost() if evidence.anew:
+            return f"{evidence.host} was lost and started anew, without its worker and its memory"
         case HostLost():
             return f"{evidence.host} is lost: no heartbeat for {evidence.seconds:.1f} s"
         case AgentRefused():

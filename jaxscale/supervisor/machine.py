@@ -51,10 +51,20 @@ class Machine(Transitions):
         if epoch is not None and host.fenced < old:
             self._tell(host.name, do="fence", epoch=old)  # what it was told meanwhile did not reach it
         if epoch is not None:
-            self._check_worker(epoch, host, now)
+            if known is not None and known.pid != host.pid and not host.copies and epoch.misses(host):
+                self._started_anew(epoch, host, now - known.heard, now)
+            else:
+                self._check_worker(epoch, host, now)
         if leaves:
             self._preempted(host, now)
         self._proceed(now)
+
+    def _started_anew(self, epoch: Epoch, host: Host, silent: float, now: float) -> None:
+        """A member's host was gone for less than a lease. What the others saw of it, a collective that failed, is no
+        more than that; who is lost is known only now.
+        """
+        if not self._is_over() or self.state in (State.SUSPECT, State.FENCING):
+            self._suspect(ev.HostLost(host.name, epoch.number, silent, anew=True), now)
 
     def _check_worker(self, epoch: Epoch, host: Host, now: float) -> None:
         """An agent that knows of no worker is a new one, of a host that was restarted, or the worker died unseen."""

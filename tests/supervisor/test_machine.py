@@ -910,6 +910,46 @@ def test_a_restarted_agent_of_a_member_ends_the_epoch():
     assert [fault["host"] for fault in history.faults()] == ["host-1"]  # and not those that waited for it
 
 
+@pytest.mark.parametrize("until", [None, State.SUSPECT, State.FENCING])
+def test_a_host_that_is_back_within_its_lease_without_its_memory_was_lost(until):
+    """Its peers saw a collective fail, its new agent has nothing to fence, and no lease ends: who was it?"""
+    history = running(spares=1)
+    for fake in history.hosts.values():
+        fake.deaf = {"fence"}
+    history.lose("host-3")
+    if until is not None:
+        words = {"is_collective": True, "text": "Gloo", "error_class": "JaxRuntimeError"}
+        history.say("host-1", "error", epoch=1, pid=1, **words)
+        history.run(WINDOW_SECONDS * 2, until)
+    history.hosts["host-3"].ready = False  # its zygote imports
+    history.connect("host-3", new_agent=True)
+    for name in FOUR[:3]:
+        history.hosts[name].worker = None
+        history.say(name, "fenced", epoch=1, copies=[])
+    history.run(WINDOW_SECONDS * 2)
+    assert history.states()[-4:] == ["FORMING", "RESTORING", "WARMING", "RUNNING"]
+    (fault,) = history.faults()
+    assert (fault["class"], fault["host"]) == ("recoverable", "host-3")
+    assert "started anew" in fault["cause"]
+    assert set(history.members) == {"host-0", "host-1", "host-2", "spare-0"}, "the spare is there, so nobody waits"
+    history.hosts["host-3"].ready = True
+    history.say("host-3", "ready", pid=1)
+    history.run(2)
+    history.lose("host-0")
+    history.run(30, State.SUSPECT).until_running(3)
+    assert "host-3" in history.members, "it is a spare now"
+
+
+def test_a_new_agent_that_found_memory_lost_only_its_worker():
+    history = running(spares=1)
+    history.hosts["host-3"].copies = [{"file": "own/gen-0"}]
+    history.connect("host-3", new_agent=True)
+    history.until_running(2)
+    (fault,) = history.faults()
+    assert "SIGKILL" in fault["cause"]
+    assert history.members == FOUR
+
+
 def test_memory_that_an_agent_tells_of_when_it_connects_again_counts():
     history = running()
     history.hosts["host-1"].deaf = {"fence"}
