@@ -254,11 +254,11 @@ class Machine(Transitions):
             limit = HANDOVER_SECONDS
         if limit is None or now - self.entered <= limit:
             return
-        done = epoch.done_in(self.state) if not self._is_over() else self._fenced_or_gone(epoch)
+        done = epoch.done_in(self.state) if self.state is not State.FENCING else self._fenced_or_gone(epoch)
         missing = tuple(name for name in epoch.world.members if name not in done)
-        if self.state in (State.FENCING, State.SUSPECT):
+        if self.state is State.FENCING:
             for name in missing:  # an agent that does not end its worker is as good as gone
                 self.hosts[name].is_deaf = True
                 self.evidence.append(ev.HostLost(name, epoch.number, now - self.hosts[name].heard))
-        elif not self._is_over():
+        else:
             self._suspect(ev.PhaseExpired(epoch.number, self.state.value, now - self.entered, missing), now)

@@ -65,12 +65,12 @@ DEADLINES: Mapping[State, float] = types.MappingProxyType(
         State.RESTORING: 1800.0,
         State.WARMING: 1800.0,
         State.FENCING: 5.0,
-        State.DECIDING: 10.0,
         State.DRAINING: 120.0,
     }
 )
-"""Seconds. SUSPECT lasts as long as its window; WAITING and RUNNING as long as they must. How long a worker may take to
-join, restore and compile is learned (`limits.py`), so the two deadlines for that are only for what nobody reports."""
+"""Seconds. SUSPECT lasts as long as its window; DECIDING is left in the moment in which it is entered; WAITING and
+RUNNING last as long as they must. How long a worker may take to join, restore and compile is learned (`limits.py`), so
+the two deadlines for that are only for what nobody reports."""
 HANDOVER_SECONDS = 25.0
 """The deadline of DRAINING where some hosts leave and the others go on: clouds give a notice of 30 s, and a world
 that has not handed over by then goes on from its last memory checkpoint while the leaving hosts can still be read."""

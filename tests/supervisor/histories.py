@@ -99,7 +99,7 @@ class FakeHost:
     cadence: tuple = NEVER
     """From which step on its worker saves every how many steps."""
     deaf: set = field(default_factory=set)
-    """Orders that it gets and does not obey."""
+    """Orders that it gets and does not obey; `begin`: its worker never has its state; `tell`: nor says where it is."""
     copies: list = field(default_factory=list)
     worker: Worker | None = None
 
@@ -239,7 +239,7 @@ class History:
         if not fake.there:
             return
         worker = fake.worker
-        if worker is None:
+        if worker is None or "tell" in fake.deaf:
             self.say(name, "heartbeat", epoch=0)
             return
         seconds = 0.05 if not worker.hangs else self.now - worker.begun_at
@@ -312,6 +312,7 @@ class History:
             self._performing = False
 
     def _perform_all(self):
+        assert self.state is not State.DECIDING, "what is decided is decided at once, and needs no deadline"
         while self.machine.actions:
             actions, self.machine.actions = self.machine.actions, []
             for action in actions:
@@ -343,6 +344,8 @@ class History:
                 fake.worker = Worker(message["epoch"], step, message, begun_at=self.now, told=step)
                 fake.worker.cadence = fake.cadence
                 self.say(fake.name, "started", epoch=message["epoch"], pid=1)
+                if "begin" in fake.deaf:  # it joins, and that is all that is ever heard of it
+                    return
                 self.say(fake.name, "restored", epoch=message["epoch"], step=step, sources={})
                 self.say(fake.name, "begun", epoch=message["epoch"])
             case "verdict":

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import histories
 import pytest
 from histories import History, ScriptedJudge, table_judge
 from hypothesis import given, settings
@@ -424,14 +425,90 @@ def test_a_coordinator_that_slept_blames_nobody():
 # States take too long
 
 
-@pytest.mark.parametrize(("deaf", "state"), [("serve", State.FORMING), ("work", State.FORMING)])
-def test_a_state_that_takes_too_long_ends_its_epoch(deaf, state):
-    history = History(judge=table_judge(), come=False)
-    history.hosts["host-0"].deaf = {deaf}
-    for name in FOUR:
-        history.connect(name)
-    history.run(DEADLINES[state] - 1)
+LATE = {
+    State.FORMING: {"work"},
+    State.RESTORING: {"begin", "tell"},
+    State.WARMING: {"tell"},
+    State.FENCING: {"fence"},
+    State.DRAINING: {"drain"},
+}
+"""What host-1 does not do, so that a state does not end by itself, and nobody tells why."""
+AT_ONCE = {State.DECIDING}
+"""It is left in the moment in which it is entered, as `History` checks."""
+WINDOWED = {State.SUSPECT}
+UNBOUNDED = {State.WAITING, State.RUNNING, State.DONE, State.ESCALATED}
+
+
+def stuck_in(state):
+    """A run of four hosts in a state in which host-1 does not do its part, and obeys no fence either."""
+    history = before_service(judge=table_judge()) if state in START else running()
+    for name in FOUR if state is State.DRAINING else ["host-1"]:  # workers drain together or not at all
+        history.hosts[name].deaf = {"fence", *LATE[state]}
+    if state in START:
+        history.hosts["host-0"].deaf = set()
+        listening(history)
+    elif state is State.FENCING:
+        history.kill_worker("host-2")
+        history.run(WINDOW_SECONDS + 0.5, State.FENCING)
+    else:
+        history.drain()
     assert history.state is state
+    return history
+
+
+def test_every_state_has_a_deadline_or_needs_none():
+    assert set(DEADLINES) == set(LATE), "what happens after each is tested below"
+    assert set(State) == {*DEADLINES, *AT_ONCE, *WINDOWED, *UNBOUNDED}
+
+
+@pytest.mark.parametrize("state", sorted(DEADLINES))
+def test_a_state_that_takes_too_long_ends_its_epoch(state, monkeypatch):
+    """A fault like any other: it has a class, it is charged, and the run goes on, or ends as it was asked to."""
+    monkeypatch.setattr(histories, "TICK", 0.25)  # half an hour has to pass
+    history = stuck_in(state)
+    expires = history.machine.entered + DEADLINES[state]
+    history.run(expires - history.now - 0.5)
+    assert (history.state, history.faults()) == (state, []), "not before the deadline"
+    history.run(1.0)
+    assert history.state is not state, "and not long after it"
+    for name in FOUR:
+        if state is not State.FENCING and history.hosts[name].deaf:
+            history.hosts[name].deaf, history.hosts[name].worker = set(), None
+            history.say(name, "fenced", epoch=1, copies=[])
+    history.run(5) if state is State.DRAINING else history.until_running(2)
+    (fault,) = history.faults()
+    remembered = history.judge.to_json()["history"]
+    strikes = {kind: {name: one["strikes"] for name, one in remembered[kind].items()} for kind in ("causes", "hosts")}
+    if state is State.FENCING:
+        assert "host-1 is lost" in fault["cause"], "an agent that does not end its worker is as good as gone"
+        assert fault["class"] == "recoverable"
+        assert strikes == {"causes": {"signal": 1, "host": 1}, "hosts": {"host-2": 1, "host-1": 1}}
+        assert history.members == ("host-2", "host-3")
+        return
+    late = FOUR if state is State.DRAINING else ("host-1",)
+    assert fault["cause"].startswith(f"{state} took longer than {DEADLINES[state]:.0f}.")
+    assert fault["cause"].endswith(f"missing: {', '.join(late)}")
+    assert fault["class"] == "transient"
+    charged = {} if late == FOUR else {"host-1": 1}  # where all are late none is to blame
+    assert strikes == {"causes": {f"phase {state}": 1}, "hosts": charged}
+    if state is State.DRAINING:
+        assert history.finish.code == STOPPED
+    else:
+        assert history.members == FOUR, "the first strike costs no host its place"
+
+
+def test_evidence_is_waited_for_no_longer_than_its_window():
+    history = running()
+    history.hosts["host-1"].deaf = {"fence"}
+    history.kill_worker("host-2")
+    assert history.state is State.SUSPECT
+    history.run(WINDOW_SECONDS + 2 * histories.TICK, State.FENCING)
+
+
+def test_a_service_that_never_listens_ends_its_epoch():
+    history = before_service(judge=table_judge())
+    history.run(DEADLINES[State.FORMING] - 1)
+    assert history.state is State.FORMING
     history.hosts["host-0"].deaf = set()
     history.until_running(2)
     (fault,) = history.faults()
