@@ -83,7 +83,7 @@ class AgentCommand:
     """Certificate of the authority that signed the other sides' certificates, PEM."""
 
 
-PLACE = ("--listen", "--invite", "--elected-within")
+PLACE = ("--listen", "--invite", "--elected-within", "--tls-key", "--tls-certificate", "--tls-authority")
 """Flags of one coordinator of a run; another one at another host has its own."""
 
 COORDINATOR_EXAMPLES = """\

@@ -290,6 +290,9 @@ class Link:
         # The first address is where the run's own coordinator was; agents are invited to this one.
         command = [sys.executable, "-m", "jaxscale", *self._command, "--listen", f"{self._options.listen}:0"]
         command += ["--elected-within", str(ELECTION_SECONDS)]
+        if (tls := self._options.tls) is not None:  # the files of the host where the other one ran are not here
+            command += ["--tls-key", str(tls.key), "--tls-certificate", str(tls.certificate)]
+            command += ["--tls-authority", str(tls.authority)]
         for address in {self.control, *agents.values()}:
             command += ["--invite", address]
         logger.warning("no coordinator for %.1f s; this host starts one", self.silence)

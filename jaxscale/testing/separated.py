@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from jaxscale.supervisor.job_token import child_environment, new_token, write_token
@@ -23,15 +23,23 @@ from jaxscale.testing.namespaces import Network, network
 from jaxscale.testing.proxies import ProxiedNetwork, proxied
 
 END_SECONDS = 20.0
+Flags = Callable[[str], Sequence[object]]
 
 
 class SeparatedCluster(RunningCluster):
     """`process` is the first coordinator; the run is over when the agents are."""
 
     def __init__(
-        self, run: Path, output: Path, net: Network | ProxiedNetwork, shape: tuple[int, int], seat: int = 0
+        self,
+        run: Path,
+        output: Path,
+        net: Network | ProxiedNetwork,
+        shape: tuple[int, int],
+        seat: int = 0,
+        flags: Flags = lambda _: (),
     ) -> None:
-        """`seat`: index of the first coordinator's place in the network."""
+        """`seat`: index of the first coordinator's place in the network. `flags`: more flags of a host's agent."""
+        self._flags = flags
         self.net, self._shape, self._agents, self._seat = net, shape, {}, seat
         self._folder = Path(tempfile.mkdtemp(prefix="jaxscale-separated-", dir="/dev/shm"))
         write_token(self._folder / "token", new_token())
@@ -57,7 +65,13 @@ class SeparatedCluster(RunningCluster):
     def start_agent(self, host: str, index: int) -> None:
         place = ("--slice", index // self._shape[1], "--devices", 1, "--listen", self.net.address(index))
         where = ("--coordinator", self.net.way(index, self._address), "--shared-memory", self._folder)
-        self._agents[host] = self._start(index, "agent", "--host", host, *place, *where)
+        self._agents[host] = self._start(index, "agent", "--host", host, *place, *where, *self._flags(host))
+
+    def end_agent(self, host: str) -> int:
+        """Tells the agent of a host that it is to end, waits for that, and returns its exit code; forgets it."""
+        agent = self._agents.pop(host)
+        agent.send_signal(signal.SIGTERM)
+        return agent.wait(END_SECONDS)
 
     def ended(self) -> list[int | None]:
         """Exit codes of the agents."""
@@ -106,16 +120,18 @@ def separated(
     shape: tuple[int, int] = (2, 2),
     by_proxy: bool = False,
     apart: bool = False,
+    flags: Flags = lambda _: (),
 ) -> Iterator[SeparatedCluster]:
     """Starts slices x hosts in namespaces of their own and yields the cluster; nothing is left on the way out.
 
     by_proxy: without namespaces, and with proxies on the ways to the coordinator alone. apart: the coordinator has a
-    place of its own, behind those of the hosts.
+    place of its own, behind those of the hosts. flags: more flags of the agent of a host, by its name.
     """
     hosts = shape[0] * shape[1]
     run.parent.mkdir(parents=True, exist_ok=True)
     with (proxied if by_proxy else network)(hosts + apart) as net:
-        cluster = SeparatedCluster(run, run.parent / f"{run.name}.out", net, shape, seat=hosts if apart else 0)
+        seat = hosts if apart else 0
+        cluster = SeparatedCluster(run, run.parent / f"{run.name}.out", net, shape, seat, flags)
         try:
             cluster.start(recipe, overrides)
             yield cluster

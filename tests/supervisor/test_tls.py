@@ -6,8 +6,11 @@ import dataclasses
 import datetime
 import importlib.util
 import ipaddress
+import os
 import shutil
+import signal
 import subprocess
+from pathlib import Path
 
 import grpc
 import pytest
@@ -18,7 +21,10 @@ from jaxscale.commands.supervise import AgentCommand
 from jaxscale.supervisor import rpc
 from jaxscale.supervisor.job_token import new_token
 from jaxscale.supervisor.rpc import Refused, Server, Session, Tls, Unreachable, ask
+from jaxscale.testing.cluster import left_behind
+from jaxscale.testing.separated import separated
 
+NANO = Path(__file__).parents[2] / "recipes" / "lm_nano.py"
 TOKEN = new_token()
 SECONDS = 60
 
@@ -304,3 +310,46 @@ def test_the_help_shows_the_flags(command, capsys, pytestconfig, monkeypatch):
     text = capsys.readouterr().out
     for flag in ("--tls-key", "--tls-certificate", "--tls-authority"):
         assert flag in text
+
+
+# A real run
+
+
+def flags_of(tls):
+    return ("--tls-key", tls.key, "--tls-certificate", tls.certificate, "--tls-authority", tls.authority)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_cache")
+def test_a_run_with_tls_recovers_from_kills_and_takes_no_harm_from_a_stranger(tmp_path, authority, theirs):
+    """Each process has a certificate of its own. A worker is killed, then the coordinator, with its files, for good."""
+    first = authority[0].sign("coordinator")
+    own = {name: authority[0].sign(name) for name in ("host-0", "host-1")} | {"stranger": theirs}
+
+    def flags(host):
+        return flags_of(own[host]) if host in own else ()
+
+    options = ("--memory.every", 2, "--steps", 150, *flags_of(first))
+    with separated(NANO, tmp_path / "run", *options, shape=(2, 1), by_proxy=True, flags=flags) as cluster:
+        for index, name in enumerate(("naked", "stranger")):
+            cluster.start_agent(name, index)
+        cluster.wait_for_step(10)
+        for how in ("without TLS", f"with TLS, {theirs.certificate}"):
+            words = f"cannot be reached {how}"
+            cluster.wait_for(lambda words=words: words in cluster.output or None, words)
+        for name in ("naked", "stranger"):
+            cluster.end_agent(name)
+        assert {e["host"] for e in cluster.events("agent_started")} == {"host-0", "host-1"}
+        assert not cluster.events("fault")
+        os.kill(cluster.worker(1)[1], signal.SIGKILL)
+        cluster.wait_for_step(0, epoch=2)
+        for path in (first.key, first.certificate):
+            path.unlink()
+        os.killpg(cluster.process.pid, signal.SIGKILL)
+        cluster.wait_for(lambda: cluster.events("elected")[1:] or None, "an election")
+        assert cluster.finish() == 0
+        assert [line["step"] for line in cluster.metrics()] == list(range(1, 151))
+        (fault,) = cluster.events("fault")
+        assert (fault["class"], fault["host"]) == ("recoverable", "host-1")
+        assert {line["epoch"] for line in cluster.metrics()} == {1, 2}
+    assert not left_behind(tmp_path / "run")
