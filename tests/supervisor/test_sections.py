@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxscale.testing.cluster import launched, left_behind
+from jaxscale.testing.separated import separated
 
 NANO = Path(__file__).parents[2] / "recipes" / "lm_nano.py"
 COMMON = ("--slices", 2, "--hosts-per-slice", 1, "--memory.every", 2)
@@ -120,4 +121,46 @@ def test_a_host_that_is_told_to_end_leaves_within_the_notice_and_no_step_is_lost
     assert took < 25, "clouds give 30 s"
     assert trained == list(range(1, 31)), "each step once"
     assert hosts == [(1, "host-0"), (1, "host-1"), (2, "host-0")]
+    assert not left_behind(tmp_path / "run")
+
+
+def assert_handed_over(run, worker, leaves, stays):
+    """The host's worker ends within the notice, the other host goes on, and each step is trained once."""
+    told = time.monotonic()
+    run.wait_for(lambda: not Path(f"/proc/{worker}").exists() or None, "end of the worker", 60)
+    took = time.monotonic() - told
+    assert run.finish(240) == 0
+    assert run.events("fault") == []
+    trained = [line["step"] for line in run.lines()]
+    hosts = {(e["epoch"], e["host"]) for e in run.events("worker_started")}
+    assert took < 25, "clouds give 30 s"
+    assert trained == list(range(1, len(trained) + 1)), "each step once"
+    assert hosts == {(1, leaves), (1, stays), (2, stays)}
+    assert [e["detail"] for e in run.events("alarm") if e["what"] == "preemption"] == [f"{leaves} was told to end"]
+
+
+def test_a_file_says_that_a_host_is_to_end_and_no_step_is_lost(tmp_path):
+    notice = tmp_path / "notice"
+    flags = {"host-1": ("--maintenance-file", notice)}
+    options = ("--memory.every", 2, "--steps", 60)
+    with separated(
+        NANO, tmp_path / "run", *options, shape=(2, 1), by_proxy=True, flags=lambda host: flags.get(host, ())
+    ) as run:
+        run.wait_for_step(10)
+        (worker,) = [e["pid"] for e in run.events("worker_started") if e["host"] == "host-1"]
+        notice.touch()
+        assert_handed_over(run, worker, "host-1", "host-0")
+        assert len(run.metrics()) == 60
+    assert not left_behind(tmp_path / "run")
+
+
+def test_a_host_whose_epoch_host_is_told_to_end_leaves_and_no_step_is_lost(tmp_path):
+    """JAX's coordination service, without which no worker lives, is not ended before they have handed over."""
+    with launched(NANO, tmp_path / "run", *COMMON, "--steps", 60, "--restart-after", -1) as run:
+        run.wait_for_step(10)
+        host, service = run.service()
+        (worker,) = [e["pid"] for e in run.events("worker_started") if e["host"] == host]
+        os.kill(service, signal.SIGTERM)
+        assert_handed_over(run, worker, "host-0", "host-1")
+        assert len(run.metrics()) == 60
     assert not left_behind(tmp_path / "run")
