@@ -67,7 +67,8 @@ class TableJudge:
                 self._left |= set(action.hosts)
         return Verdict(
             fault_class=decision.fault_class,
-            cause="; ".join(ev.sentence(e) for e in found.causes[:3]),
+            # A worker that raises says so, and then ends by it: the same twice.
+            cause="; ".join(list(dict.fromkeys(ev.sentence(e) for e in found.causes))[:3]),
             host=", ".join(decision.hosts),
             evidence=told,
             stop=isinstance(action, Stop),

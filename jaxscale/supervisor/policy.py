@@ -72,7 +72,8 @@ class Stop:
     def text(self) -> str:
         """For people: the reason, what was seen, and the traceback last, where eyes go first."""
         traces = [trace.rstrip() for trace in dict.fromkeys(traceback_of(e) for e in self.evidence) if trace]
-        return "\n".join([self.reason, *(f"  {sentence(e)}" for e in self.evidence), *traces[:1]])
+        seen = dict.fromkeys(f"  {sentence(e)}" for e in self.evidence)
+        return "\n".join([self.reason, *seen, *traces[:1]])
 
 
 Action = Retry | Replace | Shrink | Wait | Stop

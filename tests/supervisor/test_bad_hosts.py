@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -228,4 +229,59 @@ def test_a_recipe_that_raises_on_the_hosts_alone_ends_the_run_with_its_traceback
         assert not run.events("worker_started")
     assert lines[-1] == "LookupError: this host lacks something"
     assert any("the recipe cannot be imported on host-" in line for line in lines)
+    assert not left_behind(tmp_path / "run")
+
+
+RAISES_IN_LOSS = """
+import dataclasses
+from dataclasses import dataclass
+
+from jaxscale.models.transformer_config import TransformerConfig
+from jaxscale.recipe import load_recipe
+
+nano = load_recipe({nano!r}).config
+
+
+class BadTask:
+    def __init__(self, task):
+        self._task = task
+
+    def __getattr__(self, name):
+        return getattr(self._task, name)
+
+    def loss(self, params, batch, key):
+        raise ArithmeticError("this loss has a bug")
+
+
+@dataclass(frozen=True)
+class BadConfig(TransformerConfig):
+    def task(self, config):
+        return BadTask(super().task(config))
+
+
+def config():
+    fields = {{field.name: getattr(nano.model, field.name) for field in dataclasses.fields(nano.model)}}
+    return dataclasses.replace(nano, name="bad", model=BadConfig(**fields))
+"""
+
+
+def test_a_recipe_that_raises_in_its_loss_ends_the_run_with_its_traceback_last(tmp_path):
+    """On every host, when the step is traced. It might be a host's memory, so it is tried once more, and no longer."""
+    recipe = tmp_path / "bad.py"
+    recipe.write_text(RAISES_IN_LOSS.format(nano=str(NANO)))
+    with launched(recipe, tmp_path / "run", "--slices", 2, "--hosts-per-slice", 1) as run:
+        assert run.finish(90) == 1
+        lines = run.output.strip().splitlines()
+        faults = run.events("fault")
+        assert not run.metrics()
+    assert [fault["class"] for fault in faults] == ["recoverable", "fatal"]
+    what = r"raised ArithmeticError in compile after 0 updates: this loss has a bug"
+    said = [line for line in lines if line.startswith("fault: ")]
+    assert len(said) == 2
+    for line in said:
+        assert re.match(rf"fault: (worker of host-[01]|each worker of host-[01], host-[01]) {what} \(", line)
+        assert not re.search(r"(host-\d), \1", line), "what a worker said of its end is said once"
+    assert sum(line.startswith("same error twice: ") for line in lines) == 1
+    assert lines.count("Traceback (most recent call last):") == 1
+    assert lines[-2:] == ['    raise ArithmeticError("this loss has a bug")', "ArithmeticError: this loss has a bug"]
     assert not left_behind(tmp_path / "run")

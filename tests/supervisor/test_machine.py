@@ -800,6 +800,24 @@ def test_the_same_error_twice_ends_the_run_with_the_traceback_last():
     assert len(history.epochs) == 2
 
 
+def test_what_a_worker_says_before_it_ends_by_it_is_told_once():
+    history = running()
+    for epoch in (1, 2):
+        for name in FOUR:
+            history.hosts[name].deaf = {"fence"}
+        history.raise_in_worker("host-1", "ValueError", "bad data", step=20)
+        for name in FOUR:
+            history.hosts[name].deaf, history.hosts[name].worker = set(), None
+            history.say(name, "fenced", epoch=epoch, copies=[])
+        history.until_running(2) if epoch == 1 else history.run(1)
+    what = "worker of host-1 raised ValueError in step after 20 updates: bad data"
+    assert [fault["cause"] for fault in history.faults()] == [what] * 2
+    assert [len(fault["evidence"]) for fault in history.faults()] == [2, 2], "both are kept"
+    reason, *rest = history.finish.text.splitlines()
+    assert reason.startswith(f"same error twice: {what}")
+    assert rest == [f"  {what}", "Traceback:", "ValueError: bad data"]
+
+
 def test_a_verdict_may_ask_for_a_pause():
     history = running(judge=ScriptedJudge(4))
     history.judge.verdicts.append(Verdict("transient", "x", "", (), delay=3.0))
