@@ -18,7 +18,7 @@ NANO = Path(__file__).resolve().parents[2] / "recipes" / "lm_nano.py"
 
 
 class PoisonedTask:
-    """A task whose loss is no number in batches with certain rows."""
+    """A task whose loss or its slope is no number, or whose loss is very large, in batches with certain rows."""
 
     def __init__(self, task, model):
         self._task, self._model = task, model
@@ -29,7 +29,10 @@ class PoisonedTask:
     def loss(self, params, batch, key):
         total, sums = self._task.loss(params, batch, key)
         here = jnp.any((batch["row"] >= self._model.first) & (batch["row"] < self._model.last))
-        factor = jnp.where(here, jnp.float32(math.nan), 1.0)
+        if self._model.slope_only:
+            edge = jnp.sqrt(jnp.where(here, 0.0 * total, 1.0))  # the slope of the root of 0, times 0, is no number
+            return total + edge - jax.lax.stop_gradient(edge), sums
+        factor = jnp.where(here, jnp.float32(self._model.factor or math.nan), 1.0)
         return total * factor, {**sums, "loss": sums["loss"] * factor}
 
 
@@ -39,6 +42,10 @@ class PoisonedConfig(TransformerConfig):
     """First row whose batch has a loss that is no number."""
     last: int = 0
     """The row after the last one."""
+    factor: float = 0.0
+    """By which the loss is multiplied there; 0 stands for NaN, which no config may hold."""
+    slope_only: bool = False
+    """The loss stays as it is and its gradient is NaN."""
 
     def task(self, config):
         return PoisonedTask(super().task(config), self)

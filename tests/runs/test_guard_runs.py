@@ -2,18 +2,17 @@
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from poisoned_recipe import PoisonedConfig
 from small_runs import at_section, config_of, lines, losses, signal_self
 
 from jaxscale import trainer
 from jaxscale.checkpoint.restore import list_steps, restore
 from jaxscale.mesh import make_mesh
-from jaxscale.models.transformer_config import TransformerConfig
 from jaxscale.optim.build import make_optimizer
 from jaxscale.train.guard import PERSISTS
 from jaxscale.train.loop import MOST_SKIPPED, Diverged
@@ -21,38 +20,6 @@ from jaxscale.train.protocols import ExitReason, World
 from jaxscale.train.state import abstract_state
 
 ROWS = 8
-
-
-class PoisonedTask:
-    """A task whose loss or its slope is no number, or whose loss is very large, in batches with certain rows."""
-
-    def __init__(self, task, model):
-        self._task, self._model = task, model
-
-    def __getattr__(self, name):
-        return getattr(self._task, name)
-
-    def loss(self, params, batch, key):
-        total, sums = self._task.loss(params, batch, key)
-        here = jnp.any((batch["row"] >= self._model.first) & (batch["row"] < self._model.last))
-        if self._model.slope_only:
-            edge = jnp.sqrt(jnp.where(here, 0.0 * total, 1.0))  # the slope of the root of 0, times 0, is no number
-            return total + edge - jax.lax.stop_gradient(edge), sums
-        factor = jnp.where(here, jnp.float32(self._model.factor or math.nan), 1.0)
-        return total * factor, {**sums, "loss": sums["loss"] * factor}
-
-
-@dataclass(frozen=True)
-class PoisonedConfig(TransformerConfig):
-    first: int = 0
-    last: int = 0
-    factor: float = 0.0
-    """0 stands for NaN, which no config may hold."""
-    slope_only: bool = False
-    """The loss stays as it is and its gradient is NaN."""
-
-    def task(self, config):
-        return PoisonedTask(super().task(config), self)
 
 
 def poisoned(folder, first_step, last_step, *flags, **poison):
