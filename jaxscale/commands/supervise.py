@@ -93,9 +93,10 @@ The token is read from the file that JAXSCALE_TOKEN_FILE names (mode 0600, the s
 
 AGENT_EXAMPLES = """\
   on the second host of slice 0, with its real devices:
-    jaxscale agent --coordinator 10.0.0.1:8476 --job mine --host host-1 --slice 0
+    jaxscale agent --coordinator 10.0.0.1:8476 --job mine --host host-1 --slice 0 --listen 10.0.0.2
   with 2 emulated devices, for a coordinator with --devices-per-host 2:
-    jaxscale agent --coordinator 10.0.0.1:8476 --job mine --host host-1 --slice 0 --devices 2
+    jaxscale agent --coordinator 10.0.0.1:8476 --job mine --host host-1 --slice 0 --listen 10.0.0.2 \\
+      --devices 2
 The token is read from the file that JAXSCALE_TOKEN_FILE names (mode 0600, the same on every host)."""
 
 
@@ -121,6 +122,7 @@ def run_coordinator(args: Sequence[str], prog: str | None = None) -> int:
     launch.check_packages()
     quiet_terminal()
     from jaxscale.run_directory import open_run
+    from jaxscale.supervisor.addresses import is_loopback, resolved
     from jaxscale.supervisor.coordinator import Coordinator, CoordinatorOptions
     from jaxscale.supervisor.job_token import read_token
     from jaxscale.supervisor.judge import TableJudge
@@ -151,6 +153,13 @@ def run_coordinator(args: Sequence[str], prog: str | None = None) -> int:
     )
     try:
         check_free(command.listen)  # before anything is made or asked that would be in vain
+        host = command.listen.rpartition(":")[0].strip("[]")
+        if is_loopback(host) and host not in (resolved(host), "localhost"):  # a name, which promises more
+            print(
+                f"warning: --listen {command.listen} is {resolved(host)}: only agents on this machine reach it; give "
+                "an address of this machine for agents on others",
+                file=sys.stderr,
+            )
         directory = open_run(
             dataclasses.replace(command.config, mesh=MeshConfig(**sizes)), job=f"{command.job} {token.digest}"
         )
@@ -226,6 +235,7 @@ def run_agent(args: Sequence[str], prog: str | None = None) -> int:
 
 def _check_agent(command: AgentCommand) -> None:
     """Raises UsageError for what cannot work, before anything is touched."""
+    from jaxscale.supervisor.addresses import is_elsewhere, is_loopback, resolved
     from jaxscale.supervisor.link import checked_address
     from jaxscale.supervisor.maintenance import check_command
     from jaxscale.supervisor.peer_server import CannotListen, check_own
@@ -246,6 +256,13 @@ def _check_agent(command: AgentCommand) -> None:
         check_own(command.listen)
     except CannotListen as error:
         raise UsageError(f"--listen {command.listen}: {error}") from error
+    if is_loopback(command.listen) and is_elsewhere(command.coordinator.rpartition(":")[0]):
+        meant = resolved(command.listen)
+        words = f"--listen {command.listen}" + ("" if meant == command.listen else f", which is {meant} here,")
+        raise UsageError(
+            f"{words} is no address that hosts on other machines can use, and the coordinator at {command.coordinator} "
+            "is on another one; give an address of this host that they reach, `ip address` shows them"
+        )
     if command.maintenance_command:
         try:
             check_command(command.maintenance_command)

@@ -5,6 +5,8 @@ A host that was let in and is never used waits without a word, and nobody learns
 
 from __future__ import annotations
 
+import ipaddress
+
 from jaxscale.supervisor.evidence import SECTIONS
 from jaxscale.supervisor.facts import Host, Hosts
 from jaxscale.supervisor.quorum import Acceptor
@@ -66,3 +68,18 @@ def check_shape(host: Host, request: Request, hosts: Hosts) -> None:
                 f"agent {name} has {mine} and {other.name} has {others}, which make no world together; start all "
                 f"agents with --devices {each} (emulated), or all with --devices 0 (real)"
             )
+        if other.is_connected and other.name != name and _is_here_alone(other) != _is_here_alone(host):
+            alone, reached = (host, other) if _is_here_alone(host) else (other, host)
+            raise Refused(
+                f"agent {alone.name} listens at {alone.peer}, where only its own machine reaches it, and "
+                f"{reached.name} at {reached.peer}: they make no world together; start {alone.name} with --listen and "
+                "an address at which the other hosts reach it"
+            )
+
+
+def _is_here_alone(host: Host) -> bool:
+    """Whether its agent listens on the loopback interface. Agents tell numbers; a name is not asked for here."""
+    try:
+        return ipaddress.ip_address(host.peer.rpartition(":")[0].strip("[]")).is_loopback
+    except ValueError:
+        return False

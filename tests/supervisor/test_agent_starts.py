@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -78,6 +79,37 @@ def test_an_address_of_another_host_is_refused():
     assert "--listen 203.0.113.1: " in words
     assert "203.0.113.1 is no address of this host; name one of its own" in words
     assert "another port" not in words
+
+
+@pytest.fixture
+def own_name(monkeypatch):
+    """`ours` is a name of this machine, and as on many an address of the loopback interface."""
+    resolve = socket.getaddrinfo
+
+    def resolving(host, *more, **options):
+        return resolve("127.0.1.1" if host == "ours" else host, *more, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolving)
+    monkeypatch.setattr("jaxscale.supervisor.peer_server.check_own", lambda _: None)  # it does not ask Python
+    return "ours"
+
+
+@pytest.mark.usefixtures("no_agent")
+def test_a_name_that_others_cannot_use_is_refused_where_the_coordinator_is_elsewhere(own_name):
+    words = refused("--listen", own_name, "--coordinator", "203.0.113.1:8476")
+    assert words.startswith(
+        "--listen ours, which is 127.0.1.1 here, is no address that hosts on other machines can use"
+    )
+    assert "the coordinator at 203.0.113.1:8476 is on another one; give an address of this host" in words
+    words = refused("--listen", "127.0.0.1", "--coordinator", "203.0.113.1:8476")
+    assert words.startswith("--listen 127.0.0.1 is no address that hosts on other machines can use")
+
+
+@pytest.mark.usefixtures("no_agent")
+@pytest.mark.parametrize("coordinator", ["127.0.0.1:8476", "no-such-machine.invalid:8476"])
+def test_and_may_be_used_where_it_is_here_or_nobody_knows(own_name, coordinator):
+    with pytest.raises(pytest.fail.Exception, match="it went on"):
+        refused("--listen", own_name, "--coordinator", coordinator)
 
 
 @pytest.mark.usefixtures("no_agent")

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import re
 import socket
 import subprocess
 import sys
@@ -94,6 +95,27 @@ def test_a_coordinator_whose_port_is_taken_says_one_line_and_leaves_nothing(take
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: cannot listen on {taken}: another process listens there; choose another port")
     assert files(tmp_path) == ["token"]
+
+
+@pytest.mark.parametrize(("name", "is_told"), [("ours", True), ("localhost", False), ("127.0.0.1", False)])
+def test_a_coordinator_whose_name_is_one_of_loopback_says_who_reaches_it(
+    name, is_told, tmp_path, token_file, monkeypatch, capsys
+):
+    del token_file
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *a, **k: resolve("127.0.1.1" if host == "ours" else host, *a, **k)
+    )
+
+    def stop(*_, **__):
+        raise CannotListen("it went on")
+
+    monkeypatch.setattr("jaxscale.run_directory.open_run", stop)
+    assert cli.main(["coordinator", str(NANO), "--listen", f"{name}:0", "--run.dir", str(tmp_path / "run")]) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1] == "error: it went on"
+    words = "warning: --listen ours:0 is 127.0.1.1: only agents on this machine reach it; give an address"
+    assert [line.startswith(words) for line in told[:-1]] == [True] * is_told
 
 
 def coordinator_at(listen, directory, **options):
@@ -297,6 +319,27 @@ def test_real_devices_and_emulated_ones_make_no_world():
     check_shape(host(devices=0), request(), there)
     check_shape(host(), request(), {"host-0": host(devices=0)})  # the same host, started anew
     check_shape(host(), request(), {"host-1": host("host-1", devices=0, is_connected=False)})
+
+
+@pytest.mark.parametrize("alone", ["127.0.0.1:5", "127.0.1.1:5", "[::1]:5"])
+def test_hosts_that_only_their_own_machines_reach_make_no_world_with_others(alone):
+    """Each in turn is the one that comes last."""
+    hidden, reached = host(), host("host-1")
+    hidden.peer, reached.peer = alone, "10.0.0.2:5"
+    words = f"agent host-0 listens at {re.escape(alone)}, where only its own machine .* host-1 at 10.0.0.2:5.*--listen"
+    with pytest.raises(Refused, match=words):
+        check_shape(hidden, request(), {"host-1": reached})
+    with pytest.raises(Refused, match=words):
+        check_shape(reached, request(), {"host-0": hidden})
+    before = host()
+    before.peer = "10.0.0.1:5"
+    check_shape(hidden, request(), {"host-0": before})  # the same host, started anew
+    reached.is_connected = False
+    check_shape(hidden, request(), {"host-1": reached})
+    others = {f"host-{n}": host(f"host-{n}") for n in (2, 3)}
+    for n, other in enumerate(others.values()):
+        other.peer = f"127.0.0.1:{7 + n}"
+    check_shape(hidden, request(), others)
 
 
 @pytest.mark.parametrize(("devices", "told"), [(1, 4), (0, 0)])
