@@ -329,7 +329,7 @@ def test_a_run_with_tls_recovers_from_kills_and_takes_no_harm_from_a_stranger(tm
     def flags(host):
         return flags_of(own[host]) if host in own else ()
 
-    options = ("--memory.every", 2, "--steps", 150, *flags_of(first))
+    options = ("--memory.every", 2, "--steps", 300, *flags_of(first))
     with separated(NANO, tmp_path / "run", *options, shape=(2, 1), by_proxy=True, flags=flags) as cluster:
         for index, name in enumerate(("naked", "stranger")):
             cluster.start_agent(name, index)
@@ -348,7 +348,7 @@ def test_a_run_with_tls_recovers_from_kills_and_takes_no_harm_from_a_stranger(tm
         os.killpg(cluster.process.pid, signal.SIGKILL)
         cluster.wait_for(lambda: cluster.events("elected")[1:] or None, "an election")
         assert cluster.finish() == 0
-        assert [line["step"] for line in cluster.metrics()] == list(range(1, 151))
+        assert [line["step"] for line in cluster.metrics()] == list(range(1, 301))
         (fault,) = cluster.events("fault")
         assert (fault["class"], fault["host"]) == ("recoverable", "host-1")
         assert {line["epoch"] for line in cluster.metrics()} == {1, 2}
