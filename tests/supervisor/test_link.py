@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from jaxscale.supervisor.job_token import new_token
 from jaxscale.supervisor.link import LASTED_SECONDS, SILENT_SECONDS, STAGGER_SECONDS, Link, LinkOptions
 from jaxscale.supervisor.orders import FIELDS
 from jaxscale.supervisor.quorum import Acceptor, Decision, Term
-from jaxscale.supervisor.rpc import NameTaken, Refused, Server, Session, ask
+from jaxscale.supervisor.rpc import NameTaken, Refused, Server, Session, Tls, ask
 from jaxscale.supervisor.voter import Voter
 
 TOKEN = new_token()
@@ -652,6 +653,20 @@ def test_the_coordinator_is_started_like_the_first_one_and_told_of_all_agents(tm
             assert flags[1][0] == "--elected-within"
             invited = [value for flag, value in flags[2:] if flag == "--invite"]
             assert sorted(invited) == sorted([agent.link.control, "10.0.0.1:1", "10.0.0.3:1"])
+
+    run(work())
+
+
+def test_and_with_the_certificates_of_this_host(tmp_path, clock, processes):
+    async def work():
+        async with abandoned(tmp_path) as agent:
+            own = Tls(*(tmp_path / name for name in ("key", "certificate", "authority")))
+            agent.link._options = dataclasses.replace(agent.link._options, tls=own)
+            clock.now += 1000
+            await until(lambda: processes.started)
+            command = processes.started[0].command
+            for name in ("key", "certificate", "authority"):
+                assert command[command.index(f"--tls-{name}") + 1] == str(tmp_path / name)
 
     run(work())
 
