@@ -24,6 +24,9 @@ PAUSE_SECONDS = 0.5
 """A longer time between two ticks is the coordinator's own: it slept, and the hosts' words wait in its sockets."""
 
 
+SILENT_SECONDS = 0.6
+"""Since an agent's last heartbeat (it sends five a second): its worker may have gone on meanwhile."""
+
 SAID_ONCE = frozenset({"worker_exit", "service_exit", "error", "finished", "kept"})
 """Words that no agent repeats."""
 
@@ -235,7 +238,10 @@ class Machine(Transitions):
 
     def _check_progress(self, epoch: Epoch, now: float) -> None:
         hung: list[ev.Evidence] = []
-        for position in suspects(positions(epoch, self.hosts), self.pace, now):
+        suspected = suspects(positions(epoch, self.hosts), self.pace, now)
+        if any(now - self.hosts[position.host].progress["told"] > SILENT_SECONDS for position in suspected):
+            return  # of one whose agent says nothing nobody knows what it does: the lease decides, or its next word
+        for position in suspected:
             place = (position.rank, epoch.number, position.kind.section, position.step)
             seconds, limit = now - position.entered, self.pace.limit(position.kind)
             hung.append(ev.WorkerHung(position.host, *place, seconds, limit, position.stopped))

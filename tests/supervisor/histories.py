@@ -228,7 +228,12 @@ class History:
         return self
 
     def until_running(self, epoch=None):
-        self.run(30, State.RUNNING)
+        """`epoch`: waits for this one; else for any that runs."""
+        end = self.now + 30
+        self.run(TICK)
+        while self.now < end and (self.state is not State.RUNNING or (epoch or 0) > self.machine.number):
+            self.run(TICK)
+        assert self.state is State.RUNNING, f"RUNNING did not come; it is {self.state}: {self.states()[-6:]}"
         assert epoch is None or self.machine.number == epoch
         return self
 
