@@ -125,8 +125,8 @@ def _causes(seen: Sequence[Evidence]) -> list[Evidence]:
     # What a lost host had said before, and a phase that it did not finish, are part of its loss.
     rest = [e for e in own if isinstance(e, HostLost) or not lost.intersection(hosts_of(e))]
     service = [e for e in own if isinstance(e, EpochHostLost)]
-    if service:
-        # JAX's clients abort when their service is gone, and ours is gone with its host.
+    if service or lost:
+        # JAX's clients abort when their service is gone, or one of them is; both are gone with their host.
         rest = [e for e in rest if not (isinstance(e, WorkerExit) and e.ended_by == SIGABRT)]
     if any(isinstance(e, ShardRejected) for e in rest):
         # Whoever was to restore from the damaged shard could not.

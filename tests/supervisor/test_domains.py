@@ -96,6 +96,9 @@ def test_the_coordination_service_takes_all_workers_along():
     assert grouped(service, killed(2)).hosts == ("host-2",)
     # And a lost host explains its service.
     assert grouped(service, lost(0), killed(1, 6)).causes == (lost(0),)
+    # Also where nobody is left who could tell of the service, and other crashes stay what they are.
+    assert grouped(lost(0), killed(1, 6)).causes == (lost(0),)
+    assert set(grouped(lost(0), killed(1, 11)).causes) == {lost(0), killed(1, 11)}
 
 
 def test_a_collective_that_failed_for_no_reason_is_nobodys_fault():
