@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from jaxscale import axes
 from jaxscale.config import Config, ConfigError
+from jaxscale.parallel.schedules import ScheduleError, check_sizes
 from jaxscale.task import Parameter
 
 REPLICATED_SHARE = 0.02
@@ -57,6 +58,7 @@ def audit(parameters: Mapping[str, Parameter], sizes: Mapping[str, int], config:
         *_used_twice(parameters, sizes),
         *_sequences(config, sizes),
         *_idle_axes(parameters, sizes),
+        *_pipeline(parameters, sizes, config),
         *_replicated(parameters, sizes),
     ]
     if problems:
@@ -125,6 +127,24 @@ def _idle_axes(parameters: Mapping[str, Parameter], sizes: Mapping[str, int]) ->
                 f"mesh axis {axis!r} ({sizes[axis]}) shards nothing: no parameter, batch or sequence dim is split "
                 f"over it, so its {sizes[axis]} groups of devices would repeat the same work; set mesh.{axis} to 1"
             )
+
+
+def _pipeline(parameters: Mapping[str, Parameter], sizes: Mapping[str, int], config: Config) -> Iterator[str]:
+    """What does not go with pipeline stages. That stages divide the layers is checked with all other dims."""
+    stages, chunks = sizes["stage"], config.pipeline.chunks
+    layers = {p.shape[0] for p in parameters.values() if p.axes[:1] == ("layers",)}
+    if stages == 1 or not layers:
+        return
+    try:
+        check_sizes(config.pipeline.schedule, stages, config.train.microbatches, chunks)
+    except ScheduleError as error:
+        yield f"pipeline: {error}"
+    for count in sorted(layers):
+        if count % stages == 0 and count % (stages * chunks):
+            options = _choices(_divisors(count // stages))
+            yield f"pipeline.chunks ({chunks}) does not divide the {count // stages} layers of a stage; use {options}"
+    if config.train.noise_scale:
+        yield "train.noise-scale needs the gradient of each microbatch by itself, which no stage has; turn it off"
 
 
 def _replicated(parameters: Mapping[str, Parameter], sizes: Mapping[str, int]) -> Iterator[str]:

@@ -23,7 +23,7 @@ BATCH_AXES = ("data", "fsdp", "expert")
 RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         # weights
-        "layers": (),
+        "layers": ("stage",),
         "embed": ("fsdp",),
         "vocab": ("tensor",),
         "heads": ("tensor",),
@@ -81,6 +81,12 @@ def abstract_mesh(sizes: Mapping[str, int], device: AbstractDevice | None = None
     """A mesh without devices, for lowering programs of any size on a laptop. Missing axes get size 1."""
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     return AbstractMesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), abstract_device=device)
+
+
+def automatic() -> set[str]:
+    """Axes of the current mesh that no surrounding `jax.shard_map` has made manual: what an inner one can be over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
 
 
 def batch_shards(sizes: Mapping[str, int]) -> int:

@@ -230,6 +230,24 @@ class PrecisionConfig:
 
 
 @dataclass(frozen=True)
+class PipelineConfig:
+    """How the stages of a pipeline (mesh.stage > 1) take turns. Without one nothing of it is used."""
+
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = "1f1b"
+    """`jaxscale.parallel.schedules` says what each is."""
+    chunks: int = 1
+    """Pieces of the model on each stage; more than one needs `interleaved`."""
+
+    def __post_init__(self) -> None:
+        _require(self.chunks >= 1, f"pipeline.chunks is {self.chunks}; a stage has 1 or more")
+        _require(
+            self.chunks == 1 or self.schedule == "interleaved",
+            f"pipeline.chunks is {self.chunks}, and the schedule {self.schedule} has one chunk a stage; set "
+            "pipeline.schedule to interleaved, or pipeline.chunks to 1",
+        )
+
+
+@dataclass(frozen=True)
 class RematConfig:
     """What the backward pass recomputes: see `remat.py`."""
 
@@ -345,6 +363,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     remat: RematConfig = field(default_factory=RematConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -15,6 +15,7 @@ import jax
 
 if TYPE_CHECKING:
     from jaxscale.checkpoint.stored_layout import StoredLayout
+    from jaxscale.config import PipelineConfig
 
 Params = dict[str, Any]  # nested dict of arrays; a parameter's path joins the keys with "/"
 Batch = Mapping[str, jax.Array]  # tokens, targets, segment_ids, positions, loss_weight: (B, S); row: (B,)
@@ -71,4 +72,30 @@ class Task(Protocol):
 
     def flops_per_token(self, sequence: int) -> float:
         """Model FLOPs of forward and backward per trained token at this sequence length (no recomputation)."""
+        ...
+
+
+class LayeredTask(Task, Protocol):
+    """A task that is a stack of layers between a beginning and an end, so that pipeline stages can share it.
+
+    `params["layers"]` has the layers stacked; everything else is used by `begin` and `end` alone.
+    """
+
+    @property
+    def pipeline(self) -> PipelineConfig:
+        """How stages take turns."""
+        ...
+
+    def begin(self, params: Params, batch: Batch) -> jax.Array:
+        """What goes into the first layer: the residual stream (B, S, D)."""
+        ...
+
+    def through(
+        self, layers: Params, x_BSD: jax.Array, batch: Batch, key: jax.Array | None, first: jax.Array | int
+    ) -> jax.Array:
+        """The residual stream behind some layers in a row, of which the first is layer `first` of the model."""
+        ...
+
+    def end(self, params: Params, x_BSD: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of what comes out of the last layer: the same sums as `loss`."""
         ...

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jaxscale import axes
 from jaxscale.audit import AuditError, audit
-from jaxscale.config import Config, DataConfig, ModelConfig, PhaseConfig, PrecisionConfig, TrainConfig
+from jaxscale.config import Config, DataConfig, ModelConfig, PhaseConfig, PipelineConfig, PrecisionConfig, TrainConfig
 from jaxscale.task import Parameter
 
 
@@ -16,8 +16,10 @@ def sizes(**given: int) -> dict[str, int]:
     return dict.fromkeys(axes.AXES, 1) | given
 
 
-def config(**data) -> Config:
-    return Config("test", ModelConfig(), data=DataConfig(**{"sequence": 256, "batch": 8} | data))
+def config(pipeline=PipelineConfig(), microbatches=1, noise_scale=False, **data) -> Config:  # noqa: B008 - frozen
+    train = TrainConfig(microbatches=microbatches, noise_scale=noise_scale)
+    data = DataConfig(**{"sequence": 256, "batch": 8} | data)
+    return Config("test", ModelConfig(), data=data, train=train, pipeline=pipeline)
 
 
 def model(heads: int = 8, width: int = 64, mlp: int = 256, vocab: int = 512) -> dict[str, Parameter]:
@@ -100,8 +102,13 @@ def test_mesh_axis_used_twice_in_a_tensor():
     ]
 
 
+def flat(**changes):
+    """The same model without layers, which alone are divided over stages."""
+    return {path: parameter for path, parameter in model(**changes).items() if not path.startswith("layers/")}
+
+
 def test_axis_that_shards_nothing():
-    assert problems(model(), sizes(stage=2, fsdp=4)) == [
+    assert problems(flat(), sizes(stage=2, fsdp=4)) == [
         "mesh axis 'stage' (2) shards nothing: no parameter, batch or sequence dim is split over it, so its 2 groups "
         "of devices would repeat the same work; set mesh.stage to 1"
     ]
@@ -112,9 +119,36 @@ def test_axes_that_split_the_batch_or_the_sequence_are_no_waste(axis):
     audit(model(), sizes(**{axis: 4}), config())
 
 
-def test_an_axis_is_no_waste_when_a_parameter_uses_it(monkeypatch):
-    monkeypatch.setattr(axes, "RULES", {**axes.RULES, "layers": ("stage",)})
-    audit(model(), sizes(stage=2), config())
+def test_an_axis_is_no_waste_when_a_parameter_uses_it():
+    audit(model(), sizes(stage=2), config(microbatches=2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "stages", "message"),
+    [
+        (
+            {"microbatches": 1},
+            2,
+            "pipeline: 1 microbatches for 2 stages: 1 of them would always wait; use 2 microbatches",
+        ),
+        (
+            {"pipeline": PipelineConfig("interleaved", 2), "microbatches": 2},
+            2,
+            "pipeline.chunks (2) does not divide the 1 layers of a stage; use 1",
+        ),
+        (
+            {"noise_scale": True, "microbatches": 4},
+            2,
+            "train.noise-scale needs the gradient of each microbatch by itself",
+        ),
+        ({"microbatches": 8}, 4, "mesh axis 'stage' (4) does not divide layers (2) of layers/attention/q"),
+    ],
+)
+def test_what_does_not_go_with_stages(changes, stages, message):
+    (found,) = problems(model(), sizes(stage=stages), config(**changes))
+    assert found.startswith(message)
+    if "does not divide" not in message:
+        audit(model(), sizes(), config(**changes))
 
 
 @pytest.mark.parametrize(
@@ -178,10 +212,10 @@ def test_what_cannot_be_sharded_may_be_replicated(parameter, mesh):
 
 
 def test_all_findings_come_at_once():
-    found = problems(model(heads=6, width=60), sizes(stage=2, fsdp=8, tensor=4), config(sequence=255))
+    found = problems(flat(heads=6, width=60, vocab=510), sizes(stage=2, fsdp=8, tensor=4), config(sequence=255))
     assert [line.split("(")[0] for line in found] == [
-        "mesh axis 'fsdp' ",
         "mesh axis 'tensor' ",
+        "mesh axis 'fsdp' ",
         "mesh axis 'tensor' ",
         "mesh axis 'stage' ",
     ]

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxscale import axes
 from jaxscale.ops import attention_xla
 
-CACHE = ("layers", "act_batch", "act_kv_heads", "act_attended_sequence", None)
+CACHE = (None, "act_batch", "act_kv_heads", "act_attended_sequence", None)
 """Logical axes of the cached keys and values. Heads before positions, as the products want them: with positions first
 each step would transpose all that is cached, several times the time of reading it (measured on CPU)."""
 

@@ -36,7 +36,8 @@ def embed(precision: Precision, table_VD: jax.Array, tokens_BS: jax.Array) -> ja
         found_BSD = jnp.where(here[..., None], table_VD[index], 0)
         return reduce_scatter(found_BSD, _tokens_axes(tokens), _vocabulary_axes(), residual)
 
-    return jax.shard_map(body, in_specs=(gathered, tokens), out_specs=residual)(table_VD, tokens_BS)
+    specs = (gathered, tokens)
+    return jax.shard_map(body, in_specs=specs, out_specs=residual, axis_names=axes.automatic())(table_VD, tokens_BS)
 
 
 def _forward(
@@ -61,7 +62,9 @@ def _backward(
         total_VD = zeros.at[index].add(jnp.where(here[..., None], gradient_BSD, 0))
         return reduce_scatter(total_VD, [names(entry) for entry in gathered], summed, stored)
 
-    total = jax.shard_map(body, in_specs=(P(*tokens, None), tokens), out_specs=stored)(gradient_BSD, tokens_BS)
+    specs = (P(*tokens, None), tokens)
+    mapped = jax.shard_map(body, in_specs=specs, out_specs=stored, axis_names=axes.automatic())
+    total = mapped(gradient_BSD, tokens_BS)
     return total.astype(table_VD.dtype), None
 
 

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from jaxscale import axes
+
 Product = tuple[str, jax.Array, jax.Array]
 """einsum equation, left, right"""
 
@@ -34,7 +36,7 @@ def contract(products: Sequence[Product], out: P, dtype: DTypeLike) -> jax.Array
         total = sum(jnp.einsum(e, left, right, preferred_element_type=dtype) for e, left, right in pairs)
         return reduce_scatter(jnp.asarray(total), local, contracted, out)
 
-    return jax.shard_map(body, in_specs=specs, out_specs=out)(*operands)
+    return jax.shard_map(body, in_specs=specs, out_specs=out, axis_names=axes.automatic())(*operands)
 
 
 def result_axes(equation: str, left: P, right: P) -> tuple[list[tuple[str, ...]], set[str]]:
@@ -44,7 +46,7 @@ def result_axes(equation: str, left: P, right: P) -> tuple[list[tuple[str, ...]]
     for dims, spec in zip(operands.split(","), (left, right), strict=True):
         for letter, entry in zip(dims, spec, strict=True):
             by_letter[letter] = by_letter.get(letter) or names(entry)
-    contracted = {axis for letter, axes in by_letter.items() if letter not in result for axis in axes}
+    contracted = {axis for letter, split in by_letter.items() if letter not in result for axis in split}
     return [by_letter[letter] for letter in result], contracted
 
 

@@ -11,7 +11,7 @@ rules. Between blocks activations are `B@(data,fsdp,expert), S@(context,tensor),
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxscale import axes, precision, remat, rng
-from jaxscale.config import PrecisionConfig, RematConfig, TrainConfig
+from jaxscale.checkpoint.stored_layout import StoredLayout
+from jaxscale.config import PipelineConfig, PrecisionConfig, RematConfig, TrainConfig
 from jaxscale.layers.attention import Attend, RopeTables, attention_layer, attention_parameters
 from jaxscale.layers.embed import TABLE, embed
 from jaxscale.layers.mlp import mlp, mlp_parameters
@@ -28,6 +29,9 @@ from jaxscale.layers.rope import rope_tables
 from jaxscale.models.transformer_config import TransformerConfig
 from jaxscale.ops.attention import attention
 from jaxscale.ops.cross_entropy import cross_entropy
+from jaxscale.parallel.layer_layout import layer_layout
+from jaxscale.parallel.microbatches import split
+from jaxscale.parallel.pipeline import forward_loss, stages
 from jaxscale.task import Batch, Parameter, Params
 from jaxscale.tree import flatten, unflatten
 
@@ -40,6 +44,7 @@ class TransformerTask:
     precision_config: PrecisionConfig
     remat_config: RematConfig
     train: TrainConfig
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 
     @property
     def precision(self) -> precision.Precision:
@@ -50,8 +55,9 @@ class TransformerTask:
         return self.model.vocabulary
 
     @property
-    def stored_layout(self) -> None:
-        """Programs have the layers as checkpoints do."""
+    def stored_layout(self) -> StoredLayout | None:
+        """Programs have the layers as checkpoints do, but for pipeline stages of several chunks."""
+        return layer_layout(self.model.layers, stages(), self.pipeline.chunks) if stages() > 1 else None
 
     @property
     def parameters(self) -> dict[str, Parameter]:
@@ -80,7 +86,9 @@ class TransformerTask:
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters in `precision.weights`, each from a key of its own path; equal bit for bit on every mesh."""
-        return unflatten({path: self._init(p, rng.named_key(key, path)) for path, p in self.parameters.items()})
+        params = unflatten({path: self._init(p, rng.named_key(key, path)) for path, p in self.parameters.items()})
+        layout = self.stored_layout
+        return layout.restore(params) if layout is not None else params
 
     def _init(self, parameter: Parameter, key: jax.Array) -> jax.Array:
         spec = axes.spec(*parameter.axes)
@@ -95,9 +103,19 @@ class TransformerTask:
 
         batch: tokens, targets, segment_ids, positions int32 and loss_weight float32, all (B, S); row (B,).
         """
-        x_BSD = self.hidden(params, batch, key if self.model.dropout else None)
+        if stages() > 1:
+            return forward_loss(self, params, split(batch, self.train.microbatches), key)
+        x_BSD = self.through(params["layers"], self.begin(params, batch), batch, key)
+        return self.end(params, x_BSD, batch)
+
+    def begin(self, params: Params, batch: Batch) -> jax.Array:
+        """The embedded tokens, (B, S, D) in the compute dtype."""
+        return embed(self.precision, params["embed"]["table"], batch["tokens"])
+
+    def end(self, params: Params, x_BSD: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of what the last layer gives, as `loss` returns it."""
         total, sums = cross_entropy(
-            x_BSD,
+            self.normed(params, x_BSD),
             self.head(params),
             batch["targets"],
             batch["loss_weight"],
@@ -110,13 +128,24 @@ class TransformerTask:
         )
         return total, {name: sums[name] for name in ("loss", *(("z_loss",) if self.train.z_loss else ()))}
 
+    def normed(self, params: Params, x_BSD: jax.Array) -> jax.Array:
+        """The last norm."""
+        return rms_norm(x_BSD, params["norm"]["scale"], self.model.norm_epsilon)
+
     def head(self, params: Params) -> jax.Array:
         """The head's weight (D, V), or the embedding table (V, D) when tied."""
         return params["embed"]["table"] if self.model.tied else params["head"]["weight"]
 
-    def hidden(self, params: Params, batch: Batch, dropout_key: jax.Array | None) -> jax.Array:
+    def hidden(self, params: Params, batch: Batch, key: jax.Array | None) -> jax.Array:
         """The residual stream after the last norm, (B, S, D) in the compute dtype. No key: no dropout."""
+        return self.normed(params, self.through(params["layers"], self.begin(params, batch), batch, key))
+
+    def through(
+        self, layers: Params, x_BSD: jax.Array, batch: Batch, key: jax.Array | None, first: jax.Array | int = 0
+    ) -> jax.Array:
+        """The residual stream behind `layers`, which are layers `first` and following of the model."""
         model = self.model
+        dropout_key = key if model.dropout else None
         segment_ids_BS = jax.reshard(batch["segment_ids"], axes.spec("act_batch", "act_attended_sequence"))
 
         def attend(window: int) -> Attend:
@@ -130,13 +159,11 @@ class TransformerTask:
 
         def step(x_BSD: jax.Array, weights: Params, index: jax.Array, window: int) -> jax.Array:
             layer = remat.apply(self.remat_config, partial(self.layer, attend=attend(window)))
-            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, first + index)
             return layer(x_BSD, weights, tables, batch["row"], key)
 
         tables = rope_tables(batch["positions"], model.dim_per_head, model.rope)
-        x_BSD = embed(self.precision, params["embed"]["table"], batch["tokens"])
-        x_BSD = self.scan_layers(params["layers"], step, x_BSD)
-        return rms_norm(x_BSD, params["norm"]["scale"], model.norm_epsilon)
+        return self.scan_layers(layers, step, x_BSD)
 
     def scan_layers[Carry](
         self, stacked: Params, step: Callable[[Carry, Params, jax.Array, int], Carry], carry: Carry
@@ -155,10 +182,22 @@ class TransformerTask:
                 carry = step(carry, one, group * period + offset, window)
             return (carry, group + 1), None
 
+        stacked = self._on_each_stage(stacked)
         if period > 1:
             stacked = jax.tree.map(lambda w: _group(w, period), stacked)
         (carry, _), _ = jax.lax.scan(body, (carry, jnp.int32(0)), stacked)
         return carry
+
+    def _on_each_stage(self, stacked: Params) -> Params:
+        """All layers on every stage, in the model's order: what a scan wants, and generation. Training's stages have
+        their own layers at hand, and where there is one stage nothing moves.
+        """
+        if all(jax.typeof(w).sharding.spec[0] is None for w in jax.tree.leaves(stacked)):
+            return stacked
+        layout = self.stored_layout
+        if layout is not None:
+            stacked = layout.store({"layers": stacked})["layers"]
+        return jax.tree.map(lambda w: jax.reshard(w, jax.P(None, *jax.typeof(w).sharding.spec[1:])), stacked)
 
     def layer(
         self,

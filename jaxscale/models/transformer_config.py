@@ -83,7 +83,15 @@ class TransformerConfig(ModelConfig):
 
     def check(self, config: Config, platform: str) -> None:
         from jaxscale.ops import attention
+        from jaxscale.parallel.pipeline import stages
 
+        period, chunks = len(self.window) or 1, stages() * config.pipeline.chunks if stages() > 1 else 1
+        if self.layers % chunks == 0 and self.layers // chunks % period:
+            raise ConfigError(
+                f"model.window repeats every {period} layers, and {chunks} pipeline chunks have "
+                f"{self.layers // chunks} layers each; use fewer stages (mesh.stage) "
+                f"or chunks (pipeline.chunks), so that {period} divides that"
+            )
         for length in (config.data.sequence, *(phase.sequence for phase in config.phases if phase.sequence)):
             attention.check(
                 self.attention,
@@ -100,4 +108,4 @@ class TransformerConfig(ModelConfig):
         from jaxscale.models.transformer import TransformerTask
 
         remat.check(config.remat)
-        return TransformerTask(self, config.precision, config.remat, config.train)
+        return TransformerTask(self, config.precision, config.remat, config.train, config.pipeline)

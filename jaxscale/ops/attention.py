@@ -13,9 +13,9 @@ from typing import Literal, get_args
 
 import jax
 from jax import Array
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from jaxscale import axes
 from jaxscale.config import ConfigError
 from jaxscale.ops import attention_cudnn, attention_splash, attention_xla
 
@@ -145,12 +145,11 @@ def attention(
     }[chosen]
     body = functools.partial(local, window=window, softcap=softcap)
     # Rows and heads are independent, so each device computes its own and nothing is communicated.
-    axes_left = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
     mapped = jax.shard_map(
         body,
         in_specs=(q_spec, q_spec, q_spec, None if segment_ids_BS is None else P(q_spec[0], None)),
         out_specs=q_spec,
-        axis_names=axes_left,
+        axis_names=axes.automatic(),
         check_vma=chosen == "xla",  # the fast kernels do not say over which axes their results vary
     )
     return mapped(q_BSHK, k_BTGK, v_BTGK, segment_ids_BS)

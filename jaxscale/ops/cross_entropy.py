@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
@@ -141,7 +140,6 @@ def _walk(
     options: _Options, differentiate: bool, hidden_BSD: Array, head_DV: Array, targets_BS: Array, loss_weight_BS: Array
 ) -> tuple[tuple[Array, dict[str, Array]], tuple[Array, ...]]:
     """Sum and metrics, and the gradients of the sum by (hidden, head, loss_weight) if they are wanted."""
-    mesh = jax.sharding.get_abstract_mesh()
     weight_spec, sum_spec = axes.spec("act_batch", "act_sequence"), P()
     # Every token meets every shard of the vocabulary: a sequence sharded over tensor is gathered here.
     hidden_BSD = jax.reshard(hidden_BSD, P(*weight_spec, None))
@@ -158,9 +156,7 @@ def _walk(
             (sum_spec, {"loss": sum_spec, "z_loss": sum_spec, "weight": sum_spec}),
             gradient_specs if differentiate else (),
         ),
-        axis_names={
-            name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual
-        },
+        axis_names=axes.automatic(),
         check_vma=False,  # it would ask for the sums over axes of one device that _sum_over leaves out
     )
     return region(hidden_BSD, head, targets_BS, loss_weight_BS)

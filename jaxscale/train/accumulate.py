@@ -6,14 +6,15 @@ up to the same mean (a mean of means would not). Read next: `train/step.py`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
-from jaxscale import axes
 from jaxscale.optim.clip import sum_of_squares
-from jaxscale.task import Batch, Params, Task
+from jaxscale.parallel import pipeline
+from jaxscale.parallel.microbatches import split
+from jaxscale.task import Batch, LayeredTask, Params, Task
 
 Sums = dict[str, jax.Array]
 
@@ -28,6 +29,10 @@ def loss_and_gradients(
     `parts`, how many there are: those that have no weight (padding, say) have no gradient and do not count.
     """
     weight = batch["loss_weight"].sum()
+    if pipeline.stages() > 1:
+        layered = cast("LayeredTask", task)  # the audit refuses stages for a task without layers
+        metrics, gradients = pipeline.loss_and_gradients(layered, params, split(batch, microbatches), key, weight)
+        return {**metrics, "tokens": weight}, gradients
 
     def part_loss(params: Params, part: Batch) -> tuple[jax.Array, Sums]:
         total, metrics = task.loss(params, part, key)
@@ -46,7 +51,7 @@ def loss_and_gradients(
             metrics |= {"part_square": ratio**2 * _square(gradients), "parts": (mine > 0).astype(jnp.float32)}
         return jax.tree.map(jnp.add, total, (metrics, gradients)), None
 
-    parts = {name: split(value, microbatches) for name, value in batch.items()}
+    parts = split(batch, microbatches)
     first = {name: value[0] for name, value in parts.items()}
     metric_shapes = jax.eval_shape(lambda: part_loss(params, first)[1])
     zeros = {name: jnp.float32(0) for name in [*metric_shapes, *(["part_square", "parts"] if noise else [])]}
@@ -56,18 +61,6 @@ def loss_and_gradients(
     if noise:
         metrics["part_square"] /= metrics["parts"]
     return {**metrics, "tokens": weight}, gradients
-
-
-def split(value: jax.Array, microbatches: int) -> jax.Array:
-    """(rows, ...) -> (microbatches, rows / microbatches, ...) without moving a row to another device.
-
-    Row r goes to part r mod M: the rows are reshaped to (rows / M, M) and swapped. The other order, (M, rows / M),
-    would move the batch axes onto the dim that the scan runs over.
-    """
-    batch_spec = jax.typeof(value).sharding.spec
-    shape = (value.shape[0] // microbatches, microbatches, *value.shape[1:])
-    spec = jax.P(axes.spec("act_batch")[0], None, *batch_spec[1:])
-    return jnp.swapaxes(jax.lax.reshape(value, shape, out_sharding=spec), 0, 1)
 
 
 def _square(gradients: Params) -> jax.Array:

@@ -14,6 +14,7 @@ from jaxscale.config import Config
 from jaxscale.optim.clip import norm_of, sum_of_squares
 from jaxscale.optim.scaling import noise_scale
 from jaxscale.task import Params, Task
+from jaxscale.tree import flatten, unflatten
 
 LAYERS = "layers/"
 """Prefix of metrics that hold one number per layer; written every `run.layer_stats_every` steps."""
@@ -48,7 +49,11 @@ def extra_metrics(
             "weight": sum_of_squares(new, task.parameters),
             "update": sum_of_squares(change, task.parameters),
         }
-        extra |= {
-            f"{LAYERS}{kind}/{path}": jnp.sqrt(s) for kind, by_path in kinds.items() for path, s in by_path.items()
-        }
+        for kind, by_path in kinds.items():
+            # In the model's order of layers, and whole on every device, whatever pipeline stages they are on.
+            stored = by_path if task.stored_layout is None else flatten(task.stored_layout.store(unflatten(by_path)))
+            extra |= {
+                f"{LAYERS}{kind}/{path}": jax.reshard(jnp.sqrt(square), jax.P(*[None] * square.ndim))
+                for path, square in stored.items()
+            }
     return extra

@@ -37,6 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "everything": {
         "layers": 4, "tied": True, "qk_norm": True, "window": (16, 0), "attention_softcap": 4.0, "logit_softcap": 8.0,
     },
+    "deep": {"layers": 4},
 }  # fmt: skip
 """What a variant changes in the model of `lm_parity`."""
 
@@ -77,7 +78,8 @@ def parity_run(config: Config, sizes: dict[str, int]) -> dict[str, np.ndarray]:
     out: dict[str, np.ndarray] = {}
 
     def collect(prefix, values):
-        for path, leaf in tree.flatten(values).items():
+        layout = task.stored_layout
+        for path, leaf in tree.flatten(jax.jit(layout.store)(values) if layout is not None else values).items():
             whole = multihost_utils.process_allgather(leaf, tiled=True) if mesh.is_multi_process else leaf
             out[prefix + path] = np.asarray(whole)
 

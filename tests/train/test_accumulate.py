@@ -7,8 +7,9 @@ import pytest
 
 from jaxscale import axes
 from jaxscale.mesh import mesh_sizes
+from jaxscale.parallel.microbatches import split
 from jaxscale.testing.hlo import collectives
-from jaxscale.train.accumulate import loss_and_gradients, split
+from jaxscale.train.accumulate import loss_and_gradients
 
 
 class Line:
@@ -78,7 +79,7 @@ def test_row_r_is_in_part_r_mod_m_and_stays_on_its_device(sizes):
     with jax.set_mesh(mesh):
         row = jax.device_put(number, axes.sharding(("act_batch",)))
         tokens = jax.device_put(np.tile(number[:, None], (1, 2)), axes.sharding(("act_batch", "act_sequence")))
-        program = jax.jit(lambda row, tokens: (split(row, parts), split(tokens, parts)))
+        program = jax.jit(lambda row, tokens: tuple(split({"row": row, "tokens": tokens}, parts).values()))
         of_row, of_tokens = program(row, tokens)
         assert collectives(program.lower(row, tokens).compile().as_text(), mesh_sizes(mesh)) == {}
         batch = {"row": row, "loss_weight": tokens.astype(jnp.float32) * 0 + 1}
