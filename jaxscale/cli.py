@@ -28,6 +28,7 @@ commands:
   launch RECIPE.py [overrides]     train under a supervisor that survives failing processes and hosts
   chaos RECIPE.py [--seed S]       strike a supervised run with faults, compare it with an undisturbed one
   coordinator, agent               its pieces one by one, for clusters
+  plan RECIPE.py --on MESH         what a run would need and do on machines that are not here
   status RUN [--watch] [--json]    how a run stands: world, step, faults, checkpoints
   generate RUN --prompt TEXT       continue a text with a trained run
 
@@ -168,6 +169,12 @@ def _status(arguments: Sequence[str], prog: str | None) -> int:
     return run_status(arguments, prog)
 
 
+def _plan(arguments: Sequence[str], prog: str | None) -> int:
+    from jaxscale.commands.plan import run_plan
+
+    return run_plan(arguments, prog)
+
+
 def _chaos(arguments: Sequence[str], prog: str | None) -> int:
     from jaxscale.commands.chaos import run_chaos_command
 
@@ -179,6 +186,7 @@ COMMANDS: dict[str, Command] = {
     "data": _data,
     "generate": _generate,
     "launch": _launch,
+    "plan": _plan,
     "chaos": _chaos,
     "coordinator": _coordinator,
     "agent": _agent,

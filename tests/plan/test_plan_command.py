@@ -1,0 +1,109 @@
+"""`jaxscale plan`: what fits, which schedule, and every refusal with its reason."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxscale.cli import main
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+LLAMA = str(RECIPES / "lm_8b.py")
+HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
+
+
+def plan(capsys, *arguments):
+    code = main(["plan", *arguments])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_state_and_room_of_a_slice(capsys):
+    code, said, _ = plan(capsys, LLAMA, "--on", "v6e-16")
+    assert code == 0
+    assert "8.03 B parameters" in said
+    assert "fsdp 16 on v6e-16" in said
+    # 8.03e9 weights and two moments in float32 over 16 devices.
+    assert "parameters 1.87 GiB, optimizer 3.74 GiB" in said
+    assert "fits: " in said
+
+
+def test_what_does_not_fit_says_by_how_much(capsys):
+    code, said, _ = plan(capsys, LLAMA, "--on", "v6e-16", "--mesh.data", "16")
+    assert code == 1
+    assert "does not fit: " in said
+    assert "more than the 32 GiB of a device" in said
+
+
+def test_json_has_the_same(capsys):
+    code, said, _ = plan(capsys, LLAMA, "--on", "v6e-16", "--json")
+    found = json.loads(said)
+    assert code == 0
+    assert found["held"]["parameters"] == pytest.approx(8.03e9 * 4 / 16, rel=0.001)
+    assert found["lacking"] < 0
+
+
+def test_schedules_are_compared_where_there_are_stages(capsys):
+    flags = ("--on", "v5p-512", "--mesh.stage", "4", "--train.microbatches", "8")
+    _, said, _ = plan(capsys, LLAMA, *flags, "--pipeline.schedule", "interleaved", "--pipeline.chunks", "2")
+    (line,) = (line for line in said.splitlines() if "this config" in line)
+    assert line.split()[:2] == ["interleaved", "2"]
+    assert line.split()[4] == "15.8%"
+    _, said, _ = plan(capsys, LLAMA, "--on", "v5p-512")
+    assert "schedules" not in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--on", "cpu-8", "--compile"], "names no topology"),
+        (["--compile", "--on", ""], "name its mesh file, for example --on v5e-256"),
+        (["--on", "v7-1"], "unknown mesh 'v7-1'"),
+        (["--on", "v6e-16", "--mesh.stage", "5"], "does not match 16 devices"),
+        (["--on", "h100-64", "--compile"], "names no topology"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(capsys, flags, message):
+    code, _, error = plan(capsys, LLAMA, *flags)
+    assert code == 2
+    assert message in error
+
+
+def test_a_recipe_comes_first(capsys):
+    code, _, error = plan(capsys, "--on", "v6e-16")
+    assert code == 2
+    assert "plan needs a recipe first" in error
+    assert plan(capsys, "--help")[1].startswith("usage: jaxscale plan")
+
+
+@pytest.mark.skipif(HAS_COMPILER, reason="the TPU's compiler is installed")
+def test_compiling_without_the_compiler_says_what_to_install(capsys):
+    code, _, error = plan(capsys, LLAMA, "--on", "v6e-16", "--compile")
+    assert code == 2
+    assert "pip install 'jaxscale[tpu]'" in error
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs the TPU's compiler: pip install 'jaxscale[tpu]'")
+class TestCompiler:
+    def test_a_step_is_compiled_once_and_found_again(self, capsys, tmp_path, monkeypatch):
+        monkeypatch.setenv("JAXSCALE_CACHE", str(tmp_path))
+        file = tmp_path / "v5e-8.toml"
+        file.write_text('chip = "v5e"\ntopology = "v5e:2x4"\nslices = 1\nhosts_per_slice = 2\ndevices_per_host = 4\n')
+        flags = (str(RECIPES / "lm_tiny.py"), "--on", str(file), "--compile", "--json")
+        _, said, _ = plan(capsys, *flags)
+        first = json.loads(said)
+        assert first["compiled"]["arguments"] > sum(first["held"].values()) - first["held"]["gradients"]
+        assert not first["compiled"]["cached"]
+        assert 0 < first["hidden_in_loops"] < 1
+        _, said, _ = plan(capsys, *flags)
+        second = json.loads(said)
+        assert second["compiled"]["cached"]
+        assert second["links"] == first["links"]
+
+    def test_a_topology_that_does_not_exist_is_refused(self, capsys, tmp_path):
+        file = tmp_path / "odd.toml"
+        file.write_text('chip = "v5e"\ntopology = "v5e:3x5"\nslices = 1\nhosts_per_slice = 1\ndevices_per_host = 15\n')
+        code, _, error = plan(capsys, str(RECIPES / "lm_tiny.py"), "--on", str(file), "--compile", "--mesh.fsdp", "1")
+        assert code == 2
+        assert "knows no topology 'v5e:3x5'" in error or "does not match" in error
