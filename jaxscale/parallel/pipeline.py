@@ -17,18 +17,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxscale.parallel.buffers import gradient_slots, input_slots
 from jaxscale.parallel.costs import make_table
-from jaxscale.parallel.schedules import Kind, Op, Table, forward_only
+from jaxscale.parallel.rows import Row, rows
+from jaxscale.parallel.schedules import Kind, Table, forward_only
+from jaxscale.parallel.turns import Turns
 from jaxscale.task import Batch, LayeredTask, Params
 
 STAGE = "stage"
 LAYERS = "layers"
 """The entry of the parameters whose leaves are stacked over layers: (layers of this stage, ...) inside a stage."""
 Sums = dict[str, jax.Array]
+_Pulled = tuple[jax.Array, jax.Array, Params, Params, Sums]
+"""Gradients of a chunk's input and output, and the sums of those of layers, of shared weights, and of metrics."""
 
 
 def stages() -> int:
@@ -67,62 +70,6 @@ def _on_stages(body: Callable[..., Any], params: Params, parts: Batch, weight: j
         check_vma=False,  # parameters that all stages share vary nowhere, their gradients do until they are summed
     )
     return region(params[LAYERS], shared, dict(parts), weight)
-
-
-class _Row(NamedTuple):
-    """What a stage does in a tick, as numbers: (ticks, stages) int32. -1 = nothing, or nothing comes."""
-
-    forward: Any
-    """Chunk of the forward among the stage's own, and its microbatch and slot of its input."""
-    forward_microbatch: Any
-    forward_input: Any
-    backward: Any
-    backward_microbatch: Any
-    backward_input: Any
-    backward_gradient: Any
-    backward_kind: Any
-    weight: Any
-    weight_microbatch: Any
-    weight_input: Any
-    weight_gradient: Any
-    input_comes: Any
-    """Slot for what the stage before sent in the tick before."""
-    gradient_comes: Any
-
-
-def rows(table: Table) -> _Row:
-    """The table as arrays. Pure."""
-    inputs, gradients = input_slots(table), gradient_slots(table)
-    found = {name: np.full((len(table.ticks), table.stages), -1, np.int32) for name in _Row._fields}
-    for t, tick in enumerate(table.ticks):
-        for s, work in enumerate(tick):
-            for op in work:
-                _write(found, t, s, op, table, inputs.of, gradients.of)
-    return _Row(**found)
-
-
-def _write(
-    found: dict[str, np.ndarray],
-    t: int,
-    s: int,
-    op: Op,
-    table: Table,
-    inputs: dict[tuple[int, int], int],
-    gradients: dict[tuple[int, int], int],
-) -> None:
-    name = {Kind.FORWARD: "forward", Kind.BACKWARD_WEIGHT: "weight"}.get(op.kind, "backward")
-    own = (op.chunk, op.microbatch)
-    found[name][t, s] = op.chunk // table.stages
-    found[f"{name}_microbatch"][t, s] = op.microbatch
-    found[f"{name}_input"][t, s] = inputs.get(own, -1)
-    if name != "forward":
-        found[f"{name}_gradient"][t, s] = gradients.get(own, -1)
-    if name == "backward":
-        found["backward_kind"][t, s] = op.kind
-    if name == "forward" and op.chunk < table.depth - 1:
-        found["input_comes"][t + 1, (s + 1) % table.stages] = inputs[op.chunk + 1, op.microbatch]
-    if name == "backward" and op.chunk > 0:
-        found["gradient_comes"][t + 1, (s - 1) % table.stages] = gradients[op.chunk - 1, op.microbatch]
 
 
 class _Stage:
@@ -169,10 +116,10 @@ class _Stage:
 
         return jax.tree.map(into, total, gradients)
 
-    def input(self, own: jax.Array, part: Batch, kept: jax.Array, slot: jax.Array) -> jax.Array:
+    def input(self, turns: Turns, own: jax.Array, part: Batch, kept: jax.Array, slot: jax.Array) -> jax.Array:
         """The input of a chunk: made from the tokens for the first one, else what lies in its slot. (B, S, D)"""
-        return jax.lax.cond(
-            self.chunk_of(own) == 0,
+        return turns.take(
+            (own >= 0) & (self.chunk_of(own) == 0),
             lambda: self.task.begin(self.shared, part),
             lambda: _take(kept, slot),
         )
@@ -219,79 +166,81 @@ def _train(
     sums_shape = jax.eval_shape(lambda: task.end(shared, stage.none, stage.part(0))[1])
     no_sums = {name: jnp.zeros(value.shape, value.dtype) for name, value in sums_shape.items()}
 
-    def head(
-        carry: _Carry, own: jax.Array, part: Batch, y_BSD: jax.Array, slot: jax.Array
-    ) -> tuple[jax.Array, Params, Sums]:
-        """The gradient of a chunk's output: of the loss for the last chunk, else the one that came."""
+    def forward(turns: Turns, carry: _Carry, row: Row) -> jax.Array:
+        own, part = row.forward, stage.part(row.forward_microbatch)
+        x_BSD = stage.input(turns, own, part, carry.inputs, row.forward_input)
+        # The last chunk's output is computed with its gradient, and nobody wants it before.
+        return turns.take(
+            (own >= 0) & ~stage.is_last(own),
+            lambda: stage.through(stage.weights(own), x_BSD, own, part),
+            lambda: stage.none,
+        )
 
-        def last() -> tuple[jax.Array, Params, Sums]:
+    def backward(turns: Turns, carry: _Carry, row: Row, kind: Kind) -> tuple[jax.Array, _Carry]:
+        active, split = row.backward_kind == kind, kind is Kind.BACKWARD_INPUT
+        own = jnp.where(active, row.backward, -1)
+        part = stage.part(row.backward_microbatch)
+        x_BSD = stage.input(turns, own, part, carry.inputs, row.backward_input)
+
+        def pull(dy: Callable[[jax.Array], tuple[jax.Array, Params, Sums]]) -> _Pulled:
+            weights = stage.weights(own)
+            if split:
+                y_BSD, of = jax.vjp(lambda x: stage.through(weights, x, own, part), x_BSD)
+            else:
+                y_BSD, of = jax.vjp(lambda w, x: stage.through(w, x, own, part), weights, x_BSD)
+            dy_BSD, of_shared, sums = dy(y_BSD)
+            *of_weights, dx_BSD = of(dy_BSD)
+            of_layers = stage.add(carry.layers, own, of_weights[0]) if of_weights else carry.layers
+            return dx_BSD, dy_BSD, of_layers, of_shared, sums
+
+        def came(_: jax.Array) -> tuple[jax.Array, Params, Sums]:
+            return _take(carry.gradients, row.backward_gradient), carry.shared, carry.sums
+
+        def of_loss(y_BSD: jax.Array) -> tuple[jax.Array, Params, Sums]:
             (of_shared, of_output), sums = jax.grad(end, argnums=(0, 1), has_aux=True)(shared, y_BSD, part)
             return of_output, _add(carry.shared, of_shared), _add(carry.sums, sums)
 
-        return jax.lax.cond(stage.is_last(own), last, lambda: (_take(carry.gradients, slot), carry.shared, carry.sums))
-
-    def embedding(own: jax.Array, part: Batch, dx_BSD: jax.Array, total: Params) -> Params:
-        """The first chunk's input has a gradient too: the embedding's."""
-
-        def first() -> Params:
-            _, pull = jax.vjp(lambda shared: task.begin(shared, part), shared)
-            return _add(total, pull(dx_BSD)[0])
-
-        return jax.lax.cond(stage.chunk_of(own) == 0, first, lambda: total)
-
-    def forward(carry: _Carry, row: _Row) -> jax.Array:
-        def work() -> jax.Array:
-            part = stage.part(row.forward_microbatch)
-            x_BSD = stage.input(row.forward, part, carry.inputs, row.forward_input)
-            # The last chunk's output is computed again with its gradient: here nobody wants it.
-            return jax.lax.cond(
-                stage.is_last(row.forward),
-                lambda: stage.none,
-                lambda: stage.through(stage.weights(row.forward), x_BSD, row.forward, part),
-            )
-
-        return jax.lax.cond(row.forward >= 0, work, lambda: stage.none)
-
-    def backward(carry: _Carry, row: _Row, split: bool) -> tuple[jax.Array, _Carry]:
-        own, part = row.backward, stage.part(row.backward_microbatch)
-        x_BSD, weights = stage.input(own, part, carry.inputs, row.backward_input), stage.weights(own)
-        if split:
-            y_BSD, pull = jax.vjp(lambda x: stage.through(weights, x, own, part), x_BSD)
-        else:
-            y_BSD, pull = jax.vjp(lambda w, x: stage.through(w, x, own, part), weights, x_BSD)
-        dy_BSD, of_shared, sums = head(carry, own, part, y_BSD, row.backward_gradient)
-        *of_weights, dx_BSD = pull(dy_BSD)
-        of_layers = stage.add(carry.layers, own, of_weights[0]) if of_weights else carry.layers
+        idle = (stage.none, stage.none, carry.layers, carry.shared, carry.sums)
+        which = jnp.where(active, jnp.where(stage.is_last(own), 2, 1), 0)
+        branches: list[Callable[[], _Pulled]] = [lambda: idle, partial(pull, came), partial(pull, of_loss)]
+        dx_BSD, dy_BSD, of_layers, of_shared, sums = turns.switch(which, branches)
         # Kept for the weights' half; for whoever it came from, it is there already.
-        kept = _put(carry.gradients, row.backward_gradient, dy_BSD) if split else carry.gradients
-        of_shared = embedding(own, part, dx_BSD, of_shared)
+        slot = jnp.where(active, row.backward_gradient, -1)
+        kept = _put(carry.gradients, slot, dy_BSD) if split else carry.gradients
+
+        def embedding() -> Params:
+            """The first chunk's input has a gradient too: the embedding's."""
+            _, of = jax.vjp(lambda shared: task.begin(shared, part), shared)
+            return _add(of_shared, of(dx_BSD)[0])
+
+        of_shared = turns.take(active & (stage.chunk_of(own) == 0), embedding, lambda: of_shared)
         return dx_BSD, carry._replace(layers=of_layers, shared=of_shared, sums=sums, gradients=kept)
 
-    def weights_half(carry: _Carry, row: _Row) -> Params:
+    def weights_half(turns: Turns, carry: _Carry, row: Row) -> Params:
         own, part = row.weight, stage.part(row.weight_microbatch)
-        x_BSD = stage.input(own, part, carry.inputs, row.weight_input)
-        _, pull = jax.vjp(lambda w: stage.through(w, x_BSD, own, part), stage.weights(own))
-        return stage.add(carry.layers, own, pull(_take(carry.gradients, row.weight_gradient))[0])
+        x_BSD = stage.input(turns, own, part, carry.inputs, row.weight_input)
 
-    def tick(carry: _Carry, rows: _Row) -> tuple[_Carry, None]:
-        row = _Row(*(column[stage.index] for column in rows))
+        def work() -> Params:
+            _, of = jax.vjp(lambda w: stage.through(w, x_BSD, own, part), stage.weights(own))
+            return stage.add(carry.layers, own, of(_take(carry.gradients, row.weight_gradient))[0])
+
+        return turns.take(own >= 0, work, lambda: carry.layers)
+
+    def tick(carry: _Carry, columns: Row) -> tuple[_Carry, None]:
+        row = Row(*(column[stage.index] for column in columns))
+        turns = Turns()
         carry = carry._replace(
             inputs=_put(carry.inputs, row.input_comes, carry.sent),
             gradients=_put(carry.gradients, row.gradient_comes, carry.sent_back),
         )
-        sent = forward(carry, row)
-        sent_back = stage.none
+        sent, sent_back = forward(turns, carry, row), stage.none
         for kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT):
             if kind in kinds:
-                sent_back, carry = jax.lax.cond(
-                    row.backward_kind == kind,
-                    partial(backward, carry, row, kind is Kind.BACKWARD_INPUT),
-                    lambda carry=carry, sent_back=sent_back: (sent_back, carry),
-                )
+                sent_back, carry = backward(turns, carry, row, kind)
         if Kind.BACKWARD_WEIGHT in kinds:
-            of_layers = jax.lax.cond(row.weight >= 0, partial(weights_half, carry, row), lambda: carry.layers)
-            carry = carry._replace(layers=of_layers)
-        return carry._replace(sent=_to_next(sent, 1), sent_back=_to_next(sent_back, -1)), None
+            carry = carry._replace(layers=weights_half(turns, carry, row))
+        sent, sent_back = (_to_next(turns.last(value), step) for value, step in ((sent, 1), (sent_back, -1)))
+        return carry._replace(sent=sent, sent_back=sent_back), None
 
     begin = _Carry(
         inputs=_slots(stage.none, input_slots(table).count + 1),
@@ -321,21 +270,18 @@ def _evaluate(
     nothing = jax.tree.map(lambda value: jnp.zeros(value.shape, value.dtype), shapes)
     Carry = tuple[jax.Array, jax.Array, Any]
 
-    def tick(carry: Carry, rows: _Row) -> tuple[Carry, None]:
+    def tick(carry: Carry, columns: Row) -> tuple[Carry, None]:
         inputs, sent, sums = carry
-        row = _Row(*(column[stage.index] for column in rows))
+        row = Row(*(column[stage.index] for column in columns))
+        turns, own = Turns(), row.forward
         inputs = _put(inputs, row.input_comes, sent)
-
-        def work() -> tuple[jax.Array, Any]:
-            part = stage.part(row.forward_microbatch)
-            x_BSD = stage.input(row.forward, part, inputs, row.forward_input)
-            y_BSD = stage.through(stage.weights(row.forward), x_BSD, row.forward, part)
-            return y_BSD, jax.lax.cond(
-                stage.is_last(row.forward), lambda: _add(sums, task.end(shared, y_BSD, part)), lambda: sums
-            )
-
-        sent, sums = jax.lax.cond(row.forward >= 0, work, lambda: (stage.none, sums))
-        return (inputs, _to_next(sent, 1), sums), None
+        part = stage.part(row.forward_microbatch)
+        x_BSD = stage.input(turns, own, part, inputs, row.forward_input)
+        y_BSD = turns.take(own >= 0, lambda: stage.through(stage.weights(own), x_BSD, own, part), lambda: stage.none)
+        sums = turns.take(
+            (own >= 0) & stage.is_last(own), lambda: _add(sums, task.end(shared, y_BSD, part)), lambda: sums
+        )
+        return (inputs, _to_next(turns.last(y_BSD), 1), sums), None
 
     begin = (_slots(stage.none, input_slots(table).count + 1), stage.none, nothing)
     (_, _, sums), _ = jax.lax.scan(tick, begin, jax.tree.map(jnp.asarray, rows(table)))

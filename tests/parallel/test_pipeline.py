@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from jaxscale.cli import main
 from jaxscale.config import ConfigError, PipelineConfig
-from jaxscale.parallel import pipeline
 from jaxscale.parallel.costs import make_table
 from jaxscale.parallel.layer_layout import layer_layout, order
+from jaxscale.parallel.rows import Row
+from jaxscale.parallel.rows import rows as rows_of
 from jaxscale.parallel.schedules import SCHEDULES, Kind, forward_only, one_at_a_time
 
 ROOT = Path(__file__).parents[2]
@@ -40,12 +41,12 @@ def tables(draw):
 @given(tables())
 def test_every_slot_that_is_read_has_what_is_wanted(table):
     """Executes the rows with names instead of numbers, as the runtime does: arrivals first, then the work of a tick."""
-    rows, S = pipeline.rows(table), table.stages
+    rows, S = rows_of(table), table.stages
     inputs, gradients = ([{} for _ in range(S)] for _ in range(2))
     sent, back = [None] * S, [None] * S
     done = []
     for t in range(len(table.ticks)):
-        row = [pipeline._Row(*(int(column[t, s]) for column in rows)) for s in range(S)]
+        row = [Row(*(int(column[t, s]) for column in rows)) for s in range(S)]
         for s in range(S):
             inputs[s][row[s].input_comes] = sent[(s - 1) % S]
             gradients[s][row[s].gradient_comes] = back[(s + 1) % S]
