@@ -15,6 +15,7 @@ from jaxscale.optim.clip import sum_of_squares
 from jaxscale.parallel import pipeline
 from jaxscale.parallel.microbatches import split
 from jaxscale.task import Batch, LayeredTask, Params, Task
+from jaxscale.train.hooks import step_metrics_of
 
 Sums = dict[str, jax.Array]
 
@@ -31,8 +32,10 @@ def loss_and_gradients(
     weight = batch["loss_weight"].sum()
     if pipeline.stages() > 1:
         layered = cast("LayeredTask", task)  # the audit refuses stages for a task without layers
-        metrics, gradients = pipeline.loss_and_gradients(layered, params, split(batch, microbatches), key, weight)
-        return {**metrics, "tokens": weight}, gradients
+        parts = split(batch, microbatches)
+        metrics, gradients = pipeline.loss_and_gradients(layered, params, parts, key, weight)
+        own = {name: value / weight for name, value in step_metrics_of(task, params, parts, metrics).items()}
+        return {**metrics, **own, "tokens": weight}, gradients
 
     def part_loss(params: Params, part: Batch) -> tuple[jax.Array, Sums]:
         total, metrics = task.loss(params, part, key)

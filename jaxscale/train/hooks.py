@@ -6,7 +6,7 @@ when they come. Read next: `recipe.py`, which defines hooks; `metrics.py` has th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jaxscale.config import Config, ConfigError
 from jaxscale.data.batches import ROW_SPEC, TOKEN_SPEC
 from jaxscale.data.position import phases
 from jaxscale.data.rows import empty_rows
+from jaxscale.parallel.pipeline import stages
 from jaxscale.recipe import EvaluationContext, Hooks
 from jaxscale.task import Batch, Params, Task
 from jaxscale.train.metrics import is_reserved
@@ -45,17 +46,32 @@ class _Hooked:  # hashed by identity: one for each run
     def loss(self, params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The task's loss and metrics, and the user's sums beside them. Raises ConfigError for what cannot be one."""
         total, metrics = self._task.loss(params, batch, key)
+        return total, {**metrics, **self.own(params, batch, metrics)}
+
+    def own(self, params: Params, batch: Batch, taken: Collection[str]) -> dict[str, jax.Array]:
+        """The user's sums alone. taken: names of the task's own. Raises ConfigError."""
         assert self._hooks.step_metrics is not None
         own: Any = self._hooks.step_metrics(jax.lax.stop_gradient(params), batch)
         if wrong := _wrong(own, "a sum weighted by loss_weight"):
             raise ConfigError(f"{STEP_METRICS} {wrong}")
         evaluations = tuple(f"{name}/" for name in self._hooks.evaluations)
         for name in own:
-            if name in metrics or is_reserved(name):
+            if name in taken or is_reserved(name):
                 raise ConfigError(f"{STEP_METRICS} returns {name!r}, which a line of metrics.jsonl has; rename it")
             if name.startswith(evaluations):
                 raise ConfigError(f"{STEP_METRICS} returns {name!r}, a name of one of hooks.evaluations; rename it")
-        return total, {**metrics, **{name: jnp.float32(value) for name, value in own.items()}}
+        return {name: jnp.float32(value) for name, value in own.items()}
+
+
+def step_metrics_of(task: Task, params: Params, parts: Batch, taken: Collection[str]) -> dict[str, jax.Array]:
+    """The user's sums over all microbatches, for a step that does not go through `task.loss`; none without such hooks.
+
+    parts: the microbatches, stacked. taken: names of the task's own metrics.
+    """
+    if not isinstance(task, _Hooked):
+        return {}
+    each = jax.lax.map(lambda part: task.own(params, part, taken), dict(parts))
+    return {name: values.sum() for name, values in each.items()}
 
 
 def check_hooks(task: Task, hooks: Hooks, params: Params, batches: Iterable[Mapping[str, Any]]) -> None:
@@ -77,7 +93,11 @@ def check_hooks(task: Task, hooks: Hooks, params: Params, batches: Iterable[Mapp
     if not callable(hooks.step_metrics):
         raise ConfigError(f"{STEP_METRICS} is {hooks.step_metrics!r}; give a function of (params, batch)")
     for batch in batches:
-        jax.eval_shape(lambda params, batch: task.loss(params, batch, None), params, batch)
+        # Pipeline stages want all microbatches of a step, and the user's function sees one of them at a time.
+        if isinstance(task, _Hooked) and stages() > 1:
+            jax.eval_shape(lambda params, batch: task.own(params, batch, ("loss",)), params, batch)
+        else:
+            jax.eval_shape(lambda params, batch: task.loss(params, batch, None), params, batch)
 
 
 def abstract_batches(config: Config, mesh: Mesh) -> list[dict[str, jax.ShapeDtypeStruct]]:

@@ -170,6 +170,36 @@ def test_a_checkpoint_moves_between_layouts(tmp_path):
                 np.testing.assert_allclose(line[path], right[path], rtol=1e-4)
 
 
+def test_metrics_of_the_user_are_the_same_with_stages(tmp_path):
+    recipe = tmp_path / "own.py"
+    recipe.write_text(
+        f"""
+import importlib.util
+import jax.numpy as jnp
+from jaxscale.recipe import Hooks
+
+spec = importlib.util.spec_from_file_location("nano", {NANO[0]!r})
+nano = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(nano)
+config = nano.config
+
+def hooks(config):
+    def step_metrics(params, batch):
+        return {{"even": ((batch["tokens"] % 2 == 0) * batch["loss_weight"]).sum()}}
+
+    return Hooks(step_metrics=step_metrics)
+"""
+    )
+    found = []
+    for name, stages in (("one", []), ("two", ["--mesh.stage", "2"])):
+        flags = [str(recipe), *NANO[1:], "--devices", "4", "--run.dir", str(tmp_path / name), "--steps", "2", *stages]
+        assert main(["train", *flags]) == 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        found.append([json.loads(line)["even"] for line in lines])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert 0.2 < found[0][0] < 0.8
+
+
 # Bad input
 
 
