@@ -246,7 +246,10 @@ def test_nothing_lies_where_something_else_is_still_needed(size):
             for (chunk, microbatch), slot in slots.of.items():
                 kinds = (Kind.FORWARD,) if is_input else BACKWARD
                 neighbour = chunk - 1 if is_input else chunk + 1
-                came = next(when[op] for k in kinds if (op := Op(k, neighbour, microbatch)) in when)
+                if not is_input and chunk == table.depth - 1:  # from the loss, in the tick of its own input's half
+                    came = when[Op(Kind.BACKWARD_INPUT, chunk, microbatch)] - 1
+                else:
+                    came = next(when[op] for k in kinds if (op := Op(k, neighbour, microbatch)) in when)
                 uses = [when[op] for k in Kind if (op := Op(k, chunk, microbatch)) in when]
                 if not is_input:
                     uses = [

@@ -64,7 +64,7 @@ def tree(folder):
         (["--devices", "4", "--mesh.tensor", "3"], "mesh stage 1 x data 1 x fsdp 1 x expert 1 x context 1 x tensor 3"),
         (["--devices", "4", "--mesh.tensor", "4"], "mesh axis 'tensor' (4) does not divide"),
         (["--devices", "3", "--model.width", "32"], "mesh axis 'fsdp' (3) does not divide"),
-        (["--devices", "2", "--mesh.stage", "2"], "mesh axis 'stage' (2) shards nothing"),
+        (["--devices", "2", "--mesh.stage", "2"], "mesh axis 'stage' (2) does not divide layers"),
         (
             ["--devices", "3", "--mesh.context", "3"],
             "mesh axis 'context' (3) does not divide the sequence (32, data.sequence)",
