@@ -34,7 +34,7 @@ def write(tmp_path, tail: str = "", **keys: str) -> str:
 
 
 def test_the_meshes_that_ship():
-    assert set(mesh_names()) == {"cpu-8", "v5e-256", "v6e-256", "v5p-512", "2x-v5p-256", "h100-64"}
+    assert set(mesh_names()) == {"cpu-8", "v5e-256", "v6e-16", "v6e-256", "v5p-512", "2x-v5p-256", "h100-64"}
 
 
 @pytest.mark.parametrize("name", mesh_names())

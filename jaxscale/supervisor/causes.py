@@ -65,6 +65,7 @@ CANNOT_START = frozenset(
         "MeshError",
         "MeshFileError",
         "AuditError",
+        "PlanError",
         "GenerateError",
         "StateMismatch",
         "DifferentStart",

@@ -163,7 +163,8 @@ def test_an_interrupt_reaches_the_run_under_chaos_and_waits_for_its_end(tmp_path
     """The child stands for `jaxscale chaos`: it says so when it has cleaned up."""
     # The file is closed by a statement: an interrupt while Python closes what nobody holds any more is swallowed.
     child = (
-        "import sys,time\ntry:\n with open(sys.argv[1], 'w') as mark: mark.write('up')\n time.sleep(60)\n"
+        "import sys,time\ntry:\n with open(sys.argv[1], 'w') as mark: mark.write('up')\n"
+        " for _ in range(600): time.sleep(0.1)  # an interrupt just before a long one would not end it\n"
         "except KeyboardInterrupt:\n time.sleep(0.3)\n open(sys.argv[1], 'w').write('cleaned')\n"
     )
     mark = tmp_path / "mark"
