@@ -97,7 +97,7 @@ def closed_form(name: str, stages: int, microbatches: int, chunks: int = 1) -> f
     """The bubble that a schedule has in the literature: 1f1b and gpipe (S-1)/(M+S-1), interleaved (S-1)/(v M+S-1), and
     zero-bubble (S-1)/(3 M+S-1), where the halves of a backward take as long as a forward.
     """
-    units = {"gpipe": microbatches * chunks, "zero-bubble": 3 * microbatches}.get(name, microbatches * chunks)
+    units = 3 * microbatches if name == "zero-bubble" else microbatches * chunks
     return (stages - 1) / (units + stages - 1)
 
 

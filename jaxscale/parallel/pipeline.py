@@ -48,27 +48,39 @@ def loss_and_gradients(
     sharded as the parameters.
     """
     table = make_table(task.pipeline.schedule, stages(), parts["tokens"].shape[0], task.pipeline.chunks)
-    sums, layers, shared = _on_stages(partial(_train, task, table, key), params, parts, weight)
+    sums, layers, shared = _on_stages(_train, task, table, key, params, parts, weight)
     return {name: value / weight for name, value in sums.items()}, {**shared, LAYERS: layers}
 
 
 def forward_loss(task: LayeredTask, params: Params, parts: Batch, key: jax.Array | None) -> tuple[jax.Array, Sums]:
     """Weighted sums of the loss to differentiate and of the metrics, forward only. Not differentiable."""
     table = forward_only(stages(), parts["tokens"].shape[0], task.pipeline.chunks)
-    (total, sums), _, _ = _on_stages(partial(_evaluate, task, table, key), params, parts, jnp.float32(1))
+    (total, sums), _, _ = _on_stages(_evaluate, task, table, key, params, parts, jnp.float32(1))
     return total, sums
 
 
-def _on_stages(body: Callable[..., Any], params: Params, parts: Batch, weight: jax.Array) -> Any:
+def _on_stages(
+    body: Callable[[_Stage, jax.Array], Any],
+    task: LayeredTask,
+    table: Table,
+    key: jax.Array | None,
+    params: Params,
+    parts: Batch,
+    weight: jax.Array,
+) -> Any:
     """Runs `body` on each stage with that stage's layers: (a sum over stages, what is the stage's own, another sum)."""
-    shared = {name: value for name, value in params.items() if name != LAYERS}
+
+    def run(layers: Params, shared: Params, parts: Batch, weight: jax.Array) -> Any:
+        return body(_Stage(task, table, key, layers, shared, parts), weight)
+
     region = jax.shard_map(
-        body,
+        run,
         in_specs=(P(STAGE), P(), P(), P()),
         out_specs=(P(), P(STAGE), P()),
         axis_names={STAGE},
         check_vma=False,  # parameters that all stages share vary nowhere, their gradients do until they are summed
     )
+    shared = {name: value for name, value in params.items() if name != LAYERS}
     return region(params[LAYERS], shared, dict(parts), weight)
 
 
@@ -147,16 +159,8 @@ class _Carry(NamedTuple):
     sums: Sums
 
 
-def _train(
-    task: LayeredTask,
-    table: Table,
-    key: jax.Array | None,
-    layers: Params,
-    shared: Params,
-    parts: Batch,
-    weight: jax.Array,
-) -> tuple[Sums, Params, Params]:
-    stage = _Stage(task, table, key, layers, shared, parts)
+def _train(stage: _Stage, weight: jax.Array) -> tuple[Sums, Params, Params]:
+    task, table, shared = stage.task, stage.table, stage.shared
     kinds = {op.kind for op in table.when()}
 
     def end(shared: Params, y_BSD: jax.Array, part: Batch) -> tuple[jax.Array, Sums]:
@@ -247,7 +251,7 @@ def _train(
         gradients=_slots(stage.none, gradient_slots(table).count + 1),
         sent=stage.none,
         sent_back=stage.none,
-        layers=_zeros(layers),
+        layers=_zeros(stage.layers),
         shared=_zeros(shared),
         sums=no_sums,
     )
@@ -255,17 +259,9 @@ def _train(
     return jax.lax.psum(carry.sums, STAGE), carry.layers, jax.lax.psum(carry.shared, STAGE)
 
 
-def _evaluate(
-    task: LayeredTask,
-    table: Table,
-    key: jax.Array | None,
-    layers: Params,
-    shared: Params,
-    parts: Batch,
-    weight: jax.Array,
-) -> tuple[tuple[jax.Array, Sums], Params, Params]:
-    del weight
-    stage = _Stage(task, table, key, layers, shared, parts)
+def _evaluate(stage: _Stage, weight: jax.Array) -> tuple[tuple[jax.Array, Sums], Params, Params]:
+    del weight  # sums are asked for
+    task, table, shared = stage.task, stage.table, stage.shared
     shapes = jax.eval_shape(lambda: task.end(shared, stage.none, stage.part(0)))
     nothing = jax.tree.map(lambda value: jnp.zeros(value.shape, value.dtype), shapes)
     Carry = tuple[jax.Array, jax.Array, Any]
