@@ -1,10 +1,11 @@
 """Cross-entropy of a language-model head that never holds the float32 logits of all tokens.
 
 Tokens are walked in chunks; when differentiated, the gradients are computed in the same walk, so that each chunk's
-logits exist once. The vocabulary stays sharded over `tensor`. Read next: `models/transformer.py`, which calls it.
+logits exist once. The vocabulary stays sharded over `tensor`, and over groups of `fsdp` devices that bring their tokens
+together (`layers/vocabulary_groups.py`). Read next: `models/transformer.py`, which calls it.
 
-Shapes: B rows, S positions, D model width, V vocabulary; inside the manual region those of one device, and
-N = B * S tokens in C-token chunks.
+Shapes: B rows, S positions, D model width, V vocabulary; inside the manual region those of one device, B * S tokens in
+chunks of C, N = G * C of them with those that the G devices of a group bring.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from jaxscale import axes
+from jaxscale.layers.vocabulary_groups import AXIS, Groups, head_groups
 
 LOGIT_BYTES = 512 << 20
 """`chunk=0`: as many tokens as have float32 logits of this size on one device."""
@@ -37,6 +39,7 @@ class _Options:
     reduce_dtype: DTypeLike
     tied: bool
     sequence_sharded: bool  # hidden: over tensor too
+    most_members: int
 
 
 def cross_entropy(
@@ -51,6 +54,7 @@ def cross_entropy(
     compute_dtype: DTypeLike = jnp.bfloat16,
     reduce_dtype: DTypeLike = jnp.float32,
     tied: bool = False,
+    most_members: int = 0,
 ) -> tuple[Array, dict[str, Array]]:
     """Weighted sum over tokens of -log p(target) + z_loss * log(Z)^2, Z the softmax's denominator (PaLM, section 5).
 
@@ -64,6 +68,7 @@ def cross_entropy(
       chunk: tokens per device whose logits exist at once; 0 = as many as fit in LOGIT_BYTES.
       compute_dtype: dtype of the matmuls' inputs; logits, softmax and sums are float32.
       reduce_dtype: dtype in which the head's gradient is summed over devices (within a device: float32).
+      most_members: devices of `fsdp` that share the vocabulary at most; 0 = what moves the fewest bytes, 1 = none do.
 
     Returns the sum, float32, differentiable in hidden, head and loss_weight; and metrics without gradient, float32
     sums too: `loss` (the cross-entropy alone), `z_loss` (its term of the sum) and `weight` (of the tokens). The mean is
@@ -83,7 +88,7 @@ def cross_entropy(
         raise ValueError(f"chunk ({chunk}), z_loss ({z_loss}) and softcap ({softcap}) are 0 (off) or more")
     positions = (*jax.typeof(hidden_BSD).sharding.spec, None, None)[1]
     sequence_sharded = "tensor" in (positions if isinstance(positions, tuple) else (positions,))
-    options = _Options(z_loss, softcap, chunk, compute_dtype, reduce_dtype, tied, sequence_sharded)
+    options = _Options(z_loss, softcap, chunk, compute_dtype, reduce_dtype, tied, sequence_sharded, most_members)
     hidden_BSD = jax.reshard(hidden_BSD, _hidden_spec(options))
     head_DV = jax.reshard(head_DV, axes.spec(*_head_axes(options)))
     tokens = axes.spec("act_batch", "act_sequence")
@@ -97,7 +102,9 @@ def cross_entropy(
 
 
 def chunk_size(tokens: int, vocabulary: int, chunk: int) -> tuple[int, int]:
-    """(number of chunks, tokens per chunk) for one device's tokens and share of the vocabulary; chunks are even."""
+    """(number of chunks, tokens per chunk) for one device's tokens and a group's share of the vocabulary; chunks are
+    even.
+    """
     most = chunk or max(1, LOGIT_BYTES // (4 * vocabulary))
     count = -(-tokens // most)
     return count, -(-tokens // count)
@@ -143,15 +150,15 @@ def _walk(
     weight_spec, sum_spec = axes.spec("act_batch", "act_sequence"), P()
     # Every token meets every shard of the vocabulary: a sequence sharded over tensor is gathered here.
     hidden_BSD = jax.reshard(hidden_BSD, P(*weight_spec, None))
-    head = jax.reshard(head_DV.astype(options.compute_dtype), axes.gathered_spec(_head_axes(options)))
+    head_spec = axes.spec(*_head_axes(options))
     gradient_specs = (
         _hidden_spec(options),
-        axes.spec(*_head_axes(options)),
+        head_spec,
         weight_spec,
     )
     region = jax.shard_map(
-        functools.partial(_local, options, differentiate, head_DV.dtype),
-        in_specs=(P(*weight_spec, None), axes.gathered_spec(_head_axes(options)), weight_spec, weight_spec),
+        functools.partial(_local, options, differentiate),
+        in_specs=(P(*weight_spec, None), head_spec, weight_spec, weight_spec),
         out_specs=(
             (sum_spec, {"loss": sum_spec, "z_loss": sum_spec, "weight": sum_spec}),
             gradient_specs if differentiate else (),
@@ -159,22 +166,23 @@ def _walk(
         axis_names=axes.automatic(),
         check_vma=False,  # it would ask for the sums over axes of one device that _sum_over leaves out
     )
-    return region(hidden_BSD, head, targets_BS, loss_weight_BS)
+    return region(hidden_BSD, head_DV, targets_BS, loss_weight_BS)
 
 
 def _local(
     options: _Options,
     differentiate: bool,
-    gradient_dtype: DTypeLike,
     hidden_BSD: Array,
-    head: Array,
+    stored_head: Array,
     targets_BS: Array,
     loss_weight_BS: Array,
 ) -> tuple[tuple[Array, dict[str, Array]], tuple[Array, ...]]:
-    """One device's tokens against its share of the vocabulary; every collective of the loss is in this function."""
+    """One device's tokens against its share of the vocabulary; every collective of the loss is in here."""
     B, S, _ = hidden_BSD.shape
-    V = head.shape[0 if options.tied else 1]
-    count, C = chunk_size(B * S, V, options.chunk)
+    vocabulary_dim = _head_axes(options).index("vocab")
+    groups = head_groups(B * S, stored_head.shape[vocabulary_dim], jax.lax.axis_size(AXIS), options.most_members)
+    head = _to_vocabulary(groups, vocabulary_dim, stored_head.astype(options.compute_dtype))
+    count, C = chunk_size(B * S, head.shape[vocabulary_dim] * groups.count, options.chunk)
 
     def split(x: Array) -> Array:
         """(B, S, ...) -> (chunks, C, ...), padded with zeros, which have weight 0."""
@@ -185,14 +193,19 @@ def _local(
     def join(x: Array) -> Array:
         return x.reshape(count * C, *x.shape[2:])[: B * S].reshape(B, S, *x.shape[2:])
 
-    def step(sums: tuple[Array, ...], part: tuple[Array, Array, Array]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        added, outputs = _chunk(options, differentiate, head, *part)
+    def of_group(x: Array) -> Array:
+        """(chunks, C) -> (chunks, N). Little enough to bring together before the walk."""
+        return jnp.moveaxis(groups.all_gather(x), 0, 1).reshape(count, -1)
+
+    def step(sums: tuple[Array, ...], part: tuple[Array, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        added, outputs = _chunk(options, groups, differentiate, head, *part)
         return jax.tree.map(jnp.add, sums, added), outputs
 
     start: tuple[Array, ...] = (jnp.zeros(3),)
     if differentiate:
         start += (jnp.zeros(head.shape),)
-    chunks = (split(hidden_BSD.astype(options.compute_dtype)), split(targets_BS), split(loss_weight_BS))
+    targets, weights = split(targets_BS), split(loss_weight_BS)
+    chunks = (split(hidden_BSD.astype(options.compute_dtype)), of_group(targets), of_group(weights), weights)
     sums, outputs = jax.lax.scan(step, start, chunks)
 
     loss, z_loss, weight = _sum_over(sums[0], *TOKEN_AXES)
@@ -205,45 +218,89 @@ def _local(
     else:
         hidden_gradient = _sum_over(hidden_gradient, "tensor")
     # Scattered over fsdp first: the sum over the other axes then moves only the shard that this device keeps.
-    head_gradient = sums[1].astype(options.reduce_dtype)
-    head_gradient = _scatter_over(head_gradient, "fsdp", dim=_head_axes(options).index("embed"))
-    head_gradient = _sum_over(head_gradient, *(axis for axis in TOKEN_AXES if axis != "fsdp"))
-    return result, (hidden_gradient, head_gradient.astype(gradient_dtype), join(outputs[0]))
+    head_gradient = _to_width(groups, vocabulary_dim, sums[1].astype(options.reduce_dtype))
+    head_gradient = _sum_over(head_gradient, *(axis for axis in TOKEN_AXES if axis != AXIS))
+    return result, (hidden_gradient, head_gradient.astype(stored_head.dtype), join(outputs[0]))
+
+
+def _to_vocabulary(groups: Groups, vocabulary_dim: int, stored: Array) -> Array:
+    """A stored head, some of the width's columns -> all of them, for the member's part of the vocabulary."""
+    width_dim, G, R = 1 - vocabulary_dim, groups.count, groups.between
+    if G == 1:
+        return groups.gather_between(stored, dim=width_dim)
+    parts_GVD = _canonical(stored, vocabulary_dim).reshape(G, stored.shape[vocabulary_dim] // G, -1)
+    parts_GVD = groups.all_to_all(parts_GVD)  # of the width now, not of the vocabulary
+    parts_VGD = groups.gather_between(jnp.moveaxis(parts_GVD, 0, 1), dim=2)
+    return _canonical(parts_VGD.reshape(parts_VGD.shape[0], stored.shape[width_dim] * G * R), vocabulary_dim)
+
+
+def _to_width(groups: Groups, vocabulary_dim: int, gradient: Array) -> Array:
+    """The way back: sums over the devices of `fsdp` the gradient of such a part, and cuts it as the head is stored."""
+    if groups.count == 1:
+        return groups.scatter_between(gradient, dim=1 - vocabulary_dim)
+    whole_VD = _canonical(gradient, vocabulary_dim)
+    parts_VGD = groups.scatter_between(whole_VD.reshape(whole_VD.shape[0], groups.count, -1), dim=2)
+    parts_GVD = groups.all_to_all(jnp.moveaxis(parts_VGD, 1, 0))
+    return _canonical(parts_GVD.reshape(-1, parts_GVD.shape[2]), vocabulary_dim)
+
+
+def _canonical(head: Array, vocabulary_dim: int) -> Array:
+    """(V, D) of a head that may be (D, V), and back."""
+    return head if vocabulary_dim == 0 else head.T
 
 
 def _chunk(
-    options: _Options, differentiate: bool, head: Array, hidden_CD: Array, targets_C: Array, weight_C: Array
+    options: _Options,
+    groups: Groups,
+    differentiate: bool,
+    head: Array,
+    hidden_CD: Array,
+    targets_N: Array,
+    weight_N: Array,
+    weight_C: Array,
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """What a chunk adds up: (loss, z_loss, weight) and its head gradient; and per token: loss and hidden gradient."""
-    table = "VD" if options.tied else "DV"
-    logits_CV = jnp.einsum(f"CD,{table}->CV", hidden_CD, head, preferred_element_type=jnp.float32)
-    if options.softcap:
-        logits_CV = options.softcap * jnp.tanh(logits_CV / options.softcap)
-    V = logits_CV.shape[1]
-    # A comparison instead of an index: the target's logit is on one of the devices that share the vocabulary.
-    local_target_C = targets_C - jax.lax.axis_index("tensor") * V
-    is_target_CV = jnp.arange(V)[None, :] == local_target_C[:, None]
+    """What a chunk adds up: (loss, z_loss, weight) and its head gradient; and per token: loss and hidden gradient.
 
-    largest_C = jnp.max(logits_CV, axis=1)
+    The logits are those of the group's N tokens; what is returned per token, and counted, is of this device's own.
+    """
+    table, vocabulary_dim = ("VD", 0) if options.tied else ("DV", 1)
+    C, D = hidden_CD.shape
+    hidden_ND = groups.all_gather(hidden_CD).reshape(-1, D)
+    logits_NV = jnp.einsum(f"ND,{table}->NV", hidden_ND, head, preferred_element_type=jnp.float32)
+    if options.softcap:
+        logits_NV = options.softcap * jnp.tanh(logits_NV / options.softcap)
+    # A comparison instead of an index: the target's logit is on one of the devices that share the vocabulary.
+    V = head.shape[vocabulary_dim]
+    first = (jax.lax.axis_index("tensor") * groups.count + groups.member()) * V
+    is_target_NV = jnp.arange(V)[None, :] == (targets_N - first)[:, None]
+
+    largest_N = groups.largest(jnp.max(logits_NV, axis=1))
     if _present("tensor"):
-        largest_C = jax.lax.pmax(largest_C, "tensor")
-    exp_CV = jnp.exp(logits_CV - largest_C[:, None])
-    target_logit_C = jnp.sum(jnp.where(is_target_CV, logits_CV, 0.0), axis=1)
-    denominator_C, target_logit_C = _sum_over(jnp.stack([jnp.sum(exp_CV, axis=1), target_logit_C]), "tensor")
-    log_z_C = largest_C + jnp.log(denominator_C)
-    loss_C, z_loss_C = log_z_C - target_logit_C, options.z_loss * log_z_C**2
+        largest_N = jax.lax.pmax(largest_N, "tensor")
+    exp_NV = jnp.exp(logits_NV - largest_N[:, None])
+    target_logit_N = jnp.sum(jnp.where(is_target_NV, logits_NV, 0.0), axis=1)
+    shares = jnp.stack([jnp.sum(exp_NV, axis=1), target_logit_N])
+    denominator_N, target_logit_N = _sum_over(groups.sum(shares), "tensor")
+    log_z_N = largest_N + jnp.log(denominator_N)
+
+    def own(x_N: Array) -> Array:
+        return x_N if groups.count == 1 else jax.lax.dynamic_slice_in_dim(x_N, groups.member() * C, C)
+
+    loss_C = own(log_z_N - target_logit_N)
+    z_loss_C = own(options.z_loss * log_z_N**2)
     sums = jnp.stack([jnp.sum(weight_C * loss_C), jnp.sum(weight_C * z_loss_C), jnp.sum(weight_C)])
     if not differentiate:
         return (sums,), ()
 
     # d(loss + z_loss) / d logit = p * (1 + 2 * z_loss * log Z) - [target], times the soft-cap's slope.
-    probability_scale_C = (1.0 + 2.0 * options.z_loss * log_z_C) / denominator_C
-    slope_CV = weight_C[:, None] * (exp_CV * probability_scale_C[:, None] - is_target_CV)
+    probability_scale_N = (1.0 + 2.0 * options.z_loss * log_z_N) / denominator_N
+    slope_NV = weight_N[:, None] * (exp_NV * probability_scale_N[:, None] - is_target_NV)
     if options.softcap:
-        slope_CV = slope_CV * (1.0 - (logits_CV / options.softcap) ** 2)
-    slope_CV = slope_CV.astype(options.compute_dtype)
-    hidden_gradient = jnp.einsum(f"CV,{table}->CD", slope_CV, head)
-    head_gradient = jnp.einsum(f"CD,CV->{table}", hidden_CD, slope_CV, preferred_element_type=jnp.float32)
+        slope_NV = slope_NV * (1.0 - (logits_NV / options.softcap) ** 2)
+    slope_NV = slope_NV.astype(options.compute_dtype)
+    hidden_gradient = jnp.einsum(f"NV,{table}->ND", slope_NV, head)
+    hidden_gradient = groups.reduce_scatter(hidden_gradient.reshape(groups.count, C, D))
+    head_gradient = jnp.einsum(f"ND,NV->{table}", hidden_ND, slope_NV, preferred_element_type=jnp.float32)
     return (sums, head_gradient), (loss_C + z_loss_C, hidden_gradient)
 
 

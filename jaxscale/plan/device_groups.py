@@ -20,18 +20,16 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 def axes_of(kind: str, attributes: str, sizes: Mapping[str, int]) -> tuple[str, ...] | None:
     """The mesh axes that a collective runs over; None where its groups have one device each and nothing moves.
 
-    attributes: what stands behind its operands. sizes: the mesh axes in device order. Raises ValueError for groups of
-    devices that are no set of mesh axes.
+    attributes: what stands behind its operands. sizes: the mesh axes in device order. Groups may be parts of axes, as
+    pairs of a permutation are; it is the fewest axes that hold them whole.
     """
     by_groups = _groups_of_axes(tuple(sizes.items()))
     groups = frozenset(_groups(kind, attributes, math.prod(sizes.values())))
     if all(len(group) == 1 for group in groups):
         return None
-    if kind == "collective-permute":
-        return next(a for g, a in by_groups.items() if all(any(p <= m for m in g) for p in groups))
-    if groups not in by_groups:
-        raise ValueError(f"{kind} over {sorted(map(sorted, groups))}, which are no axes of {dict(sizes)}")
-    return by_groups[groups]
+    if groups in by_groups:
+        return by_groups[groups]
+    return next(a for g, a in by_groups.items() if all(any(part <= whole for whole in g) for part in groups))
 
 
 @lru_cache

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from jaxscale import axes
+from jaxscale.layers.vocabulary_groups import Groups
 from jaxscale.ops.cross_entropy import chunk_size, cross_entropy
 
 MESHES = [
@@ -21,6 +22,14 @@ MESHES = [
     {"context": 2},
     {"fsdp": 2, "context": 2, "tensor": 2},
 ]
+GROUPED = [
+    ({"fsdp": 4}, 1),
+    ({"fsdp": 4}, 2),
+    ({"fsdp": 4}, 4),
+    ({"fsdp": 4, "tensor": 2}, 2),
+    ({"fsdp": 2, "data": 2}, 2),
+]
+"""Meshes, and how many devices of fsdp share the vocabulary."""
 FLOAT32 = {"compute_dtype": jnp.float32}
 
 
@@ -59,10 +68,17 @@ def place(mesh, hidden, head, targets, weight, tied=False, sequence="act_residua
     )
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def only(members):
+    """The choice among groups, made for a test."""
+    return lambda _tokens, _vocabulary, fsdp, _most: Groups(members, fsdp)
+
+
 @pytest.mark.parametrize("chunk", [0, 3])
 @pytest.mark.parametrize("tied", [False, True])
-def test_equals_naive(sizes, chunk, tied):
+@pytest.mark.parametrize(("sizes", "members"), [*((sizes, 0) for sizes in MESHES), *GROUPED], ids=str)
+def test_equals_naive(sizes, members, chunk, tied, monkeypatch):
+    if members:
+        monkeypatch.setattr("jaxscale.ops.cross_entropy.head_groups", only(members))
     data, options = inputs(), {"z_loss": 1e-2, "softcap": 4.0}
     expected, expected_z = naive(*data, **options)
     gradients = jax.grad(lambda h, w: sum(naive(h, w, *data[2:], **options)), argnums=(0, 1))(*data[:2])
@@ -163,7 +179,6 @@ def collectives(sizes, data, **options):
     [
         ({}, []),
         ({"data": 2}, ["all-reduce"]),  # sums and head gradient, combined by the compiler
-        ({"fsdp": 8}, ["all-gather", "all-reduce", "reduce-scatter"]),  # head, sums, head gradient
         # hidden; largest logit, (denominator, target logit); hidden gradient
         ({"tensor": 4}, ["all-gather", "all-reduce", "all-reduce", "reduce-scatter"]),
     ],
@@ -173,12 +188,23 @@ def test_collectives(sizes, expected):
     assert collectives(sizes, inputs(B=8), chunk=4) == expected
 
 
+def test_a_shared_vocabulary_is_never_gathered(monkeypatch):
+    """With all of fsdp in one group the head goes from columns to rows and back; with none it is gathered."""
+    data = inputs(B=8, S=4, D=16, V=64)
+    monkeypatch.setattr("jaxscale.ops.cross_entropy.head_groups", only(1))
+    assert collectives({"fsdp": 8}, data) == ["all-gather", "all-reduce", "reduce-scatter"]
+    monkeypatch.setattr("jaxscale.ops.cross_entropy.head_groups", only(8))
+    found = collectives({"fsdp": 8}, data)
+    # targets, weights, hidden; largest logit, (denominator, target logit), sums; hidden gradient
+    assert found == ["all-gather"] * 3 + ["all-reduce"] * 3 + ["all-to-all"] * 2 + ["reduce-scatter"]
+
+
 def test_reduce_dtype_is_the_dtype_of_the_sum_over_devices():
     mesh = make_mesh(fsdp=2)
     with jax.set_mesh(mesh):
         args = place(mesh, *inputs())
         for dtype, name in ((jnp.float32, "f32"), (jnp.bfloat16, "bf16")):
-            loss = functools.partial(cross_entropy, reduce_dtype=dtype)
+            loss = functools.partial(cross_entropy, reduce_dtype=dtype, most_members=1)
             jaxpr = str(jax.make_jaxpr(jax.grad(loss, argnums=1, has_aux=True))(*args))
             assert re.search(rf"{name}\[8,32\]\S* = reduce_scatter", jaxpr), jaxpr
 

@@ -152,7 +152,10 @@ def test_what_is_no_program_is_refused():
         read_program("Llama")
 
 
-def test_groups_that_are_no_axes_are_refused():
-    text = SMALL.replace("replica_groups={}", "replica_groups={{0,3},{1,2}}")
-    with pytest.raises(ValueError, match="are no axes"):
-        transfers(read_program(text), sizes(data=2, fsdp=2))
+def test_groups_that_are_parts_of_axes_count_as_those_axes():
+    def axes_of_groups(groups):
+        text = SMALL.replace("replica_groups={}", f"replica_groups={{{groups}}}")
+        return {one.axes for one in transfers(read_program(text), sizes(data=2, fsdp=2)) if one.kind == "all-reduce"}
+
+    assert axes_of_groups("{0,3},{1,2}") == {("data", "fsdp")}
+    assert axes_of_groups("{0,1},{2},{3}") == {("fsdp",)}
