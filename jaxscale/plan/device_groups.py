@@ -32,6 +32,11 @@ def axes_of(kind: str, attributes: str, sizes: Mapping[str, int]) -> tuple[str, 
     return next(a for g, a in by_groups.items() if all(any(part <= whole for whole in g) for part in groups))
 
 
+def group_size(kind: str, attributes: str, devices: int) -> int:
+    """How many devices take part in one of the groups."""
+    return max(len(group) for group in _groups(kind, attributes, devices))
+
+
 @lru_cache
 def _groups_of_axes(sizes: tuple[tuple[str, int], ...]) -> dict[frozenset[frozenset[int]], tuple[str, ...]]:
     """Groups of devices -> the mesh axes along which they lie, smallest sets of axes first."""

@@ -71,7 +71,7 @@ def read_program(text: str) -> Program:
         if head is not None and " = " not in line.partition("(")[0]:
             body = computations.setdefault(head["name"], [])
             entry = head["name"] if line.startswith("ENTRY") else entry
-        elif line.rstrip() == "}":
+        elif line.rstrip() == "}" or line.startswith("}, execution_thread="):
             _add(body, pending)
             body, pending = None, ""
         elif body is not None and re.match(r"  (ROOT )?%?[\w.-]+ = ", line):

@@ -1,17 +1,19 @@
 """What a compiled program sends over the links: each collective, its bytes and axes, how often, what it hides behind.
 
-A collective is *asynchronous* where the schedule has other work between its begin and its end. In HLO that takes three
+A collective is *asynchronous* where the schedule has other work between its begin and its end. In HLO that takes four
 forms: pairs of `X-start` and `X-done`; chains of such permutes between which a product is done piece by piece (windowed
-einsum); and, on TPUs, fusions that begin a collective, carry it along with a product, and end it. Pure. Read next:
-`report.py`.
+einsum); and, on TPUs, fusions that begin a collective, carry it along with a product, and end it, or calls of the
+SparseCores, which have a thread of their own (`call-start`, `call-update` that hands over the operands, `call-done`).
+Pure. Read next: `report.py`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from jaxscale.plan.device_groups import KINDS, axes_of
+from jaxscale.plan.device_groups import KINDS, axes_of, group_size
 from jaxscale.plan.program_text import Instruction, Program, flops, size_of, trip_count
 
 BEGIN, END = "AsyncCollectiveStart", "AsyncCollectiveDone"
@@ -68,9 +70,9 @@ def _walk(program: Program, name: str, times: int, in_loop: bool, sizes: Mapping
     body = program.computations[name]
     by_name = {one.name: one for one in body}
     for one in body:
-        kind, phase = _kind_of(program, one)
+        kind, phase = _kind_of(program, one, by_name)
         if phase == "begin":
-            opened[one.name] = _Open(_inner(program, one, kind), kind)
+            opened[one.name] = _Open(_inner(program, one, kind, by_name), kind)
         elif phase == "end":
             begun = _begin_of(one, by_name, opened)
             if begun is not None:
@@ -90,8 +92,13 @@ def _walk(program: Program, name: str, times: int, in_loop: bool, sizes: Mapping
                 yield from _walk(program, called, times, in_loop, sizes)
 
 
-def _kind_of(program: Program, one: Instruction) -> tuple[str, str]:
+def _kind_of(program: Program, one: Instruction, by_name: Mapping[str, Instruction]) -> tuple[str, str]:
     """(kind of collective, `begin`, `end` or `whole`); empty strings for everything else, a step of one included."""
+    if one.opcode in ("call-start", "call-update", "call-done"):
+        kinds = [inner.opcode for inner in _inside(program, _call_of(one, by_name)) if inner.opcode in KINDS]
+        if not kinds or (one.opcode == "call-start" and not one.operands):  # Operands come with an update.
+            return "", ""
+        return kinds[0], "end" if one.opcode == "call-done" else "begin"
     for kind in KINDS:
         if one.opcode == kind:
             return kind, "whole"
@@ -99,7 +106,7 @@ def _kind_of(program: Program, one: Instruction) -> tuple[str, str]:
             return kind, "begin" if one.opcode.endswith("start") else "end"
     if one.opcode != "fusion":
         return "", ""
-    inside = [inner for called in one.called for inner in program.computations.get(called, ())]
+    inside = _inside(program, one)
     kinds = [inner.opcode for inner in inside if inner.opcode in KINDS]
     targets = {inner.attribute("custom_call_target") for inner in inside if inner.opcode == "custom-call"}
     if not kinds:
@@ -111,11 +118,23 @@ def _kind_of(program: Program, one: Instruction) -> tuple[str, str]:
     return "", ""
 
 
-def _inner(program: Program, one: Instruction, kind: str) -> Instruction:
-    """The collective itself, where a fusion begins it."""
-    if one.opcode != "fusion":
+def _inside(program: Program, one: Instruction) -> list[Instruction]:
+    return [inner for called in one.called for inner in program.computations.get(called, ())]
+
+
+def _call_of(one: Instruction, by_name: Mapping[str, Instruction]) -> Instruction:
+    """The `call-start` that says what is called."""
+    while one.opcode != "call-start" and one.operands and one.operands[0] in by_name:
+        one = by_name[one.operands[0]]
+    return one
+
+
+def _inner(program: Program, one: Instruction, kind: str, by_name: Mapping[str, Instruction]) -> Instruction:
+    """The collective itself, where a fusion or a call begins it."""
+    if one.opcode in KINDS or one.opcode == f"{kind}-start":
         return one
-    return next(i for called in one.called for i in program.computations[called] if i.opcode == kind)
+    caller = one if one.opcode == "fusion" else _call_of(one, by_name)
+    return next(inner for inner in _inside(program, caller) if inner.opcode == kind)
 
 
 def _begin_of(end: Instruction, by_name: Mapping[str, Instruction], opened: Mapping[str, _Open]) -> str | None:
@@ -138,9 +157,7 @@ def _transfer(
     axes = axes_of(kind, one.attributes, sizes)
     if axes is None:
         return  # over one device: nothing moves
-    count = 1
-    for axis in axes:
-        count *= sizes[axis]
+    count = group_size(kind, one.attributes, math.prod(sizes.values()))
     yield Transfer(
         kind=kind,
         axes=axes,

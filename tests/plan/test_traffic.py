@@ -132,6 +132,39 @@ def test_collectives_are_counted_once_with_their_loops_and_what_they_hide_behind
     assert (links[-1].kind, links[-1].in_loop, links[-1].hidden) == ("all-reduce", False, 0.0)
 
 
+SPARSE = """\
+HloModule step, is_scheduled=true
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b)
+}, execution_thread="sparsecore"
+
+%called (p: f32[16,8]) -> f32[8,8] {
+  %p = f32[16,8]{1,0} parameter(0)
+  ROOT %reduce-scatter.2 = f32[8,8]{1,0} reduce-scatter(%p), replica_groups={{0,1},{2,3}}, dimensions={0}, to_apply=%sum
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[16,8], w: f32[8,8]) -> f32[8,8] {
+  %x = f32[16,8]{1,0} parameter(0)
+  %w = f32[8,8]{1,0} parameter(1)
+  %begun.call-start = ((), (), (s32[1]{0})) call-start(), async_execution_thread="sparsecore", to_apply=%called
+  %early = f32[16,8]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %begun.call-update = ((f32[16,8]{1,0}), f32[8,8]{1,0}) call-update(%begun.call-start, %early)
+  %beside = f32[8,8]{1,0} dot(%w, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %begun.call-done = f32[8,8]{1,0} call-done(%begun.call-update)
+}
+"""
+
+
+def test_what_a_sparse_core_does_has_begun_when_it_gets_its_operands():
+    (scatter,) = transfers(read_program(SPARSE), sizes(data=2, fsdp=4))
+    assert (scatter.kind, scatter.axes, scatter.nbytes) == ("reduce-scatter", ("fsdp",), 2 * 8 * 8 * 4)
+    assert scatter.asynchronous
+    assert scatter.hidden_flops == 2 * 8 * 8 * 8, "the product before the update is not beside it"
+
+
 def test_a_real_program_of_a_tpu():
     """4 layers with 7 weights: each gathered in the forward and in the backward pass, each gradient scattered."""
     program = read_program(gzip.decompress(REAL.read_bytes()).decode())
