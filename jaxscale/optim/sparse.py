@@ -1,8 +1,8 @@
-"""Optimizers of embedding tables: only the rows that a batch touched are read and written, exactly as a dense one would.
+"""Optimizers of embedding tables: only the rows that a batch touched are read and written, as a dense one would.
 
-The gradient of a table is a list of (row, vector), in which a row may stand several times. Equal rows are added up, then
-each touched row is updated once. Untouched rows have no gradient, and these rules leave such rows as they are (there is
-no momentum and no decay), so the result is that of the dense update. Read next: `parallel/table.py`.
+The gradient of a table is a list of (row, vector), in which a row may stand several times. Equal rows are added up,
+then each touched row is updated once. Untouched rows have no gradient, and these rules leave such rows as they are
+(there is no momentum and no decay), so the result is that of the dense update. Read next: `parallel/table.py`.
 
 Legend: R rows on a device, D columns on a device, M entries of the gradient.
 """
@@ -21,9 +21,9 @@ Name = Literal["rowwise-adagrad", "adagrad", "sgd"]
 
 @dataclass(frozen=True)
 class SparseRule:
-    """`rowwise-adagrad`: one accumulator for a row, the sum of its mean squared gradients (Mudigere et al. 2022, section
-    4.1.4, "Software-hardware co-design for training deep learning recommendation models"); `adagrad`: one for each
-    number (Duchi et al. 2011); `sgd`: none. new = old - rate * gradient / (sqrt(accumulator) + epsilon).
+    """`rowwise-adagrad`: one accumulator for a row, the sum of its mean squared gradients (Mudigere et al. 2022,
+    section 4.1.4, "Software-hardware co-design for training deep learning recommendation models"); `adagrad`: one for
+    each number (Duchi et al. 2011); `sgd`: none. new = old - rate * gradient / (sqrt(accumulator) + epsilon).
     """
 
     name: Name
@@ -90,8 +90,9 @@ def update_rows(
     mine = None if accumulator is None else accumulator.at[distinct_M].get(mode="fill", fill_value=0)
     direction_MD, more = rule.step(total_MD, mine, row_mean)
     change_MD = (-rate * direction_MD).astype(table_RD.dtype)
-    how = {"mode": "drop", "indices_are_sorted": True, "unique_indices": True}
-    table_RD = table_RD.at[distinct_M].add(change_MD, **how)
-    if accumulator is not None:
-        accumulator = accumulator.at[distinct_M].add(more, **how)
-    return table_RD, accumulator
+    table_RD = _add(table_RD, distinct_M, change_MD)
+    return table_RD, None if accumulator is None or more is None else _add(accumulator, distinct_M, more)
+
+
+def _add(table: jax.Array, rows_M: jax.Array, change: jax.Array) -> jax.Array:
+    return table.at[rows_M].add(change, mode="drop", indices_are_sorted=True, unique_indices=True)

@@ -1,9 +1,9 @@
-"""Rows of a table that lies in parts on several devices: ids to their owners, vectors back, in as many rounds as it takes.
+"""Rows of a table in parts on several devices: ids to their owners, vectors back, in as many rounds as it takes.
 
 A device sends each owner at most `capacity` distinct ids a round, so buffers are small where ids spread over the owners
-and nothing is dropped where they do not: then there are more rounds. All devices agree on the border of a round for each
-owner, the first row that somebody has no room for; so a row is in the same round on all devices, and an owner has its
-whole gradient at once. Inside a fully manual `jax.shard_map`. Read next: `table.py`.
+and nothing is dropped where they do not: then there are more rounds. All devices agree on the border of a round for
+each owner, the first row that somebody has no room for; so a row is in the same round on all devices, and an owner
+has its whole gradient at once. Inside a fully manual `jax.shard_map`. Read next: `table.py`.
 
 Legend: L distinct ids of a device, N owners, C capacity, R rows on a device, D columns on a device.
 """
@@ -38,8 +38,8 @@ def in_rounds[Carry](
 ) -> tuple[Carry, jax.Array]:
     """Folds `body(carry, place, local)` over the rounds. Also returns how many there were, int32.
 
-    distinct_L: sorted and distinct; owner n has rows n R to (n + 1) R - 1, greater ids are none. place (N, C): where the
-    ids of the round stand in `distinct_L`, L = nothing there; local (N, C): the rows of the owner, R = none.
+    distinct_L: sorted and distinct; owner n has rows n R to (n + 1) R - 1, greater ids are none. place (N, C): where
+    the ids of the round stand in `distinct_L`, L = nothing there; local (N, C): the rows of the owner, R = none.
     """
     count, owners = distinct_L.shape[0], jax.lax.axis_size(OWNERS)
     last_row = (jnp.arange(owners, dtype=jnp.int32) + 1) * rows
@@ -73,9 +73,7 @@ def in_rounds[Carry](
     return carry, rounds
 
 
-def fetch(
-    table_RD: jax.Array, distinct_L: jax.Array, capacity: int, dtype: DTypeLike
-) -> tuple[jax.Array, jax.Array]:
+def fetch(table_RD: jax.Array, distinct_L: jax.Array, capacity: int, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
     """The vectors of distinct global rows, (L, D) in `dtype`, zeros for what is no row; and the rounds it took."""
 
     def body(found_LD: jax.Array, place: jax.Array, local: jax.Array) -> jax.Array:
@@ -96,7 +94,7 @@ def give_back(
     rate: jax.Array,
     row_mean: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The owners' rows after one update: gradients of distinct rows go to the owners, who add up those of all devices."""
+    """The owners' rows after one update: gradients of distinct rows go to the owners, who add them up."""
     width = table_RD.shape[1]
 
     def body(

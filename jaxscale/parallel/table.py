@@ -67,7 +67,7 @@ class TableGroup:
             "column": (self.bags.rows, self.width),
             "table": (self.bins, Bins(self.bags, self.bins).rows, self.width),
         }
-        return Parameter(shapes[self.placement], AXES[self.placement], scale=self.width**-0.5)
+        return Parameter(shapes[self.placement], AXES[self.placement], scale=self.width**-0.5, sparse=True)
 
     def slot_axes(self, dims: int) -> tuple[str | None, ...]:
         """Logical axes of an accumulator: of the rows alone (1), or of rows and columns (2)."""

@@ -1,6 +1,6 @@
 """Where the rows of embedding tables lie: three placements as pure arithmetic on sizes, the same on every mesh.
 
-    row      all tables in one array (R, D); its rows are split, neighbours far apart, so that hot ids meet no one device
+    row      all tables in one array (R, D); its rows are split, neighbours far apart, so hot ids are on all devices
     column   all tables in one array (R, D); its columns are split, each device has a part of every row
     table    whole tables dealt out over bins, as (bins, R, D); each device has some bins
 
@@ -194,4 +194,3 @@ def position(bags: Bags, placement: Placement, bins: int, feature: int, row: int
         return Position(0, stacked)
     total = padded_rows(bags.rows)
     return Position(0, int(stripe_order()[stacked % STRIPES]) * (total // STRIPES) + stacked // STRIPES)
-

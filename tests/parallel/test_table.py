@@ -1,7 +1,5 @@
 """Tables split over devices against one NumPy table for each feature: lookups, bags, and the rows after an update."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,6 @@ from jaxscale import axes
 from jaxscale.optim.sparse import SparseRule
 from jaxscale.parallel.table import make_groups
 from jaxscale.parallel.table_layout import Bags, Feature, position
-from jaxscale.testing.hlo import collectives
 
 FEATURES = (Feature(700, 1), Feature(3, 2), Feature(50, 3), Feature(1, 1), Feature(900, 1))
 BAGS = Bags(FEATURES)
@@ -78,10 +75,17 @@ def parts(groups, arrays, width):
     tables = [None] * len(FEATURES)
     for (group, features), array in zip(groups, arrays, strict=True):
         for number, feature in enumerate(features):
-            places = [position(group.bags, group.placement, group.bins, number, r) for r in range(FEATURES[feature].rows)]
+            places = [
+                position(group.bags, group.placement, group.bins, number, r) for r in range(FEATURES[feature].rows)
+            ]
             rows = [array[(p.bin, p.row) if group.placement == "table" else p.row] for p in places]
             tables[feature] = np.stack([np.broadcast_to(row, (width,)) for row in rows])
     return tables
+
+
+def full_slot(group, names):
+    shape = group.parameter.shape[: len(names)]
+    return jnp.full(shape, BEFORE, jnp.float32, out_sharding=axes.spec(*names))
 
 
 def run(sizes, placements, pooling="sum", rule="rowwise-adagrad", factor=0.0):
@@ -94,16 +98,10 @@ def run(sizes, placements, pooling="sum", rule="rowwise-adagrad", factor=0.0):
     dims = sparse.slot_dims()
     with jax.set_mesh(mesh_of(sizes)):
         arrays = [
-            jax.device_put(a, axes.sharding(g.parameter.axes)) for (g, _), a in zip(groups, whole(groups, tables), strict=True)
+            jax.device_put(a, axes.sharding(g.parameter.axes))
+            for (g, _), a in zip(groups, whole(groups, tables), strict=True)
         ]
-        slots = [
-            None
-            if dims is None
-            else jnp.full(
-                g.parameter.shape[: len(g.slot_axes(dims))], BEFORE, jnp.float32, out_sharding=axes.spec(*g.slot_axes(dims))
-            )
-            for g, _ in groups
-        ]
+        slots = [None if dims is None else full_slot(g, g.slot_axes(dims)) for g, _ in groups]
         put = jax.device_put(ids, axes.sharding(("act_batch", None)))
         found, counts, updated = [], [], []
         for (group, features), array, slot in zip(groups, arrays, slots, strict=True):
