@@ -3,7 +3,7 @@
     logit = bias + sum of weight x over dense features + sum over bags of the mean effect of their ids
             + sum over pairs of neighbouring features of strength u(id) v(id')
 
-All of it is drawn from the seed. Ids follow a power law (id i as often as (i + 1)^-1.1), dense values a normal. Rows
+All of it is drawn from the seed. Ids follow a power law (id i as often as (i + 1)^-1.4), dense values a normal. Rows
 are drawn in blocks, each from a key of its own. Read next: `click_file.py`.
 """
 
@@ -21,10 +21,10 @@ from jaxscale.cache import cache_folder
 from jaxscale.data.click_file import ClickWriter, Column, is_click_folder
 
 BLOCK = 1 << 16
-ZIPF = 1.1
+ZIPF = 1.4
 BIAS, DENSE, EFFECT, PAIR = -1.2, 1.2, 1.2, 0.4
 """Standard deviations of what all dense features, all ids and all pairs add to the logit, about."""
-VERSION = 2
+VERSION = 3
 
 
 def make_clicks(folder: Path, rows: int, tables: Sequence[int], hots: Sequence[int], dense: int, seed: int) -> None:
