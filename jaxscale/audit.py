@@ -57,7 +57,7 @@ def audit(parameters: Mapping[str, Parameter], sizes: Mapping[str, int], config:
         *_indivisible(parameters, sizes),
         *_used_twice(parameters, sizes),
         *_sequences(config, sizes),
-        *_idle_axes(parameters, sizes),
+        *_idle_axes(parameters, sizes, config),
         *_pipeline(parameters, sizes, config),
         *_replicated(parameters, sizes),
     ]
@@ -109,6 +109,8 @@ def _used_twice(parameters: Mapping[str, Parameter], sizes: Mapping[str, int]) -
 
 
 def _sequences(config: Config, sizes: Mapping[str, int]) -> Iterator[str]:
+    if config.model.unit != "tokens":
+        return
     mesh_axes = _split_over("act_residual_sequence", sizes)
     shards = math.prod(sizes[axis] for axis in mesh_axes)
     for where, sequence in _each_phase(config, "sequence"):
@@ -118,15 +120,20 @@ def _sequences(config: Config, sizes: Mapping[str, int]) -> Iterator[str]:
             yield f"{_called(mesh_axes, sizes)} the sequence ({sequence}, {where}); use {_choices(options)} tokens"
 
 
-def _idle_axes(parameters: Mapping[str, Parameter], sizes: Mapping[str, int]) -> Iterator[str]:
+def _idle_axes(parameters: Mapping[str, Parameter], sizes: Mapping[str, int], config: Config) -> Iterator[str]:
     names = {name for parameter in parameters.values() for name in parameter.axes}
-    used = {axis for name in names | {"act_batch", "act_residual_sequence"} for axis in axes.mesh_axes(name)}
+    used = {axis for name in names | _activations(config) for axis in axes.mesh_axes(name)}
     for axis in axes.AXES:
         if sizes[axis] > 1 and axis not in used:
             yield (
                 f"mesh axis {axis!r} ({sizes[axis]}) shards nothing: no parameter, batch or sequence dim is split "
                 f"over it, so its {sizes[axis]} groups of devices would repeat the same work; set mesh.{axis} to 1"
             )
+
+
+def _activations(config: Config) -> set[str]:
+    """Logical axes of activations that split what has to be computed."""
+    return {"act_batch", "act_residual_sequence"} if config.model.unit == "tokens" else {"act_batch"}
 
 
 def _pipeline(parameters: Mapping[str, Parameter], sizes: Mapping[str, int], config: Config) -> Iterator[str]:
@@ -158,7 +165,9 @@ def _replicated(parameters: Mapping[str, Parameter], sizes: Mapping[str, int]) -
         if share > REPLICATED_SHARE:
             largest = sorted(wasted, key=lambda path: -wasted[path])
             listed = _listed([f"{path} {parameters[path].shape}" for path in largest])
-            words = [repr(name) for name in axes.RULES if axis in axes.mesh_axes(name) and not name.startswith("act_")]
+            words = [
+                repr(name) for name in axes.RULES if axes.mesh_axes(name) == (axis,) and not name.startswith("act_")
+            ]
             yield (
                 f"{share:.1%} of the parameters are replicated over mesh axis {axis!r} ({sizes[axis]}), which divides "
                 f"a dim of theirs (allowed are {REPLICATED_SHARE:.0%}): {listed}; name that dim {_choices(words)} in "

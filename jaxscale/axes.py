@@ -31,6 +31,11 @@ RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "head_dim": (),
         "mlp": ("tensor",),
         "norm": (),
+        # embedding tables (parallel/table.py)
+        "table_rows": BATCH_AXES,
+        "table_bins": BATCH_AXES,
+        "table_columns": ("tensor", *BATCH_AXES),
+        "table_width": ("tensor",),
         # activations
         "act_batch": BATCH_AXES,
         "act_sequence": ("context",),

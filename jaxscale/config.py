@@ -10,14 +10,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 # What a whole config can be turned into is found here too.
 from jaxscale.config_tree import PLACEMENT, config_hash, diff, flatten, not_finite, to_dict, to_text  # noqa: F401 - passed on
-
-if TYPE_CHECKING:
-    from jaxscale.task import Task
-
+from jaxscale.model_config import ModelConfig
 
 EARLY = "early"
 """`run.profile` of some early steps, wherever a start begins."""
@@ -55,18 +52,6 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Base of every model's configuration; the concrete class knows how to build its task."""
-
-    def check(self, config: Config, platform: str) -> None:
-        """Raises ConfigError for what cannot work on such devices; called before a run leaves any trace."""
-
-    def task(self, config: Config) -> Task:  # noqa: ARG002 - the signature that subclasses implement
-        """The task that trains this model. Imports the model lazily: importing a recipe stays cheap."""
-        raise TypeError(f"{type(self).__name__} does not say how to build a task; override task(config)")
-
-
-@dataclass(frozen=True)
 class SourceConfig:
     """One corpus of a mixture: a text file, folder, glob or built token folder, and its share of the rows."""
 
@@ -84,7 +69,7 @@ class DataConfig:
     """Where rows come from. `path` is one corpus; `mixture` is several with weights (then `path` is left empty)."""
 
     path: str = ""
-    """File, folder, glob or fsspec address of text, a built token folder, or `builtin`."""
+    """File, folder, glob or fsspec address of text, a built token folder, `builtin`, or a folder of clicks."""
     mixture: tuple[SourceConfig, ...] = ()
     """Several corpora in place of data.path, each with its share of the rows (1 where none is given)."""
     tokenizer: str = "bytes"
@@ -100,7 +85,7 @@ class DataConfig:
     shuffle: bool = True
     """Draw rows in random order, anew in each pass; without, they come in the order of the files."""
     held_out_documents: int = 0
-    """Documents of each corpus kept for evaluation and never trained on, chosen by a fixed hash."""
+    """Documents of each corpus kept for evaluation, chosen by a fixed hash; of click logs the last so many rows."""
     cache: str = ""
     """Folder of built token files; empty: the user's cache folder."""
     prefetch: int = 4

@@ -1,8 +1,9 @@
 """What the trainer knows of a model, and nothing more.
 
 A task is pure functions over one nested dict of parameters. The trainer imports no model; models import no trainer.
-Losses and metrics are *sums over tokens weighted by `loss_weight`*; the step divides by the global weight once, which
-makes the mean independent of microbatches, padding and the number of processes. Read next: `models/transformer.py`.
+Losses and metrics are *sums over tokens (or examples) weighted by `loss_weight`*; the step divides by the global
+weight once, which makes the mean independent of microbatches, padding and the number of processes. Read next:
+`models/transformer.py`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import jax
 if TYPE_CHECKING:
     from jaxscale.checkpoint.stored_layout import StoredLayout
     from jaxscale.config import PipelineConfig
+    from jaxscale.train.tables import Tables
 
 Params = dict[str, Any]  # nested dict of arrays; a parameter's path joins the keys with "/"
-Batch = Mapping[str, jax.Array]  # tokens, targets, segment_ids, positions, loss_weight: (B, S); row: (B,)
+Batch = Mapping[str, jax.Array]
+"""loss_weight: (B, S) of tokens or (B,) of examples, row: (B,), and what else the model's rows have (`data/source.py`).
+Text: tokens, targets, segment_ids, positions, all (B, S)."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Parameter:
     `shape`: global shape; `axes`: one logical axis (or None) per dim, see `axes.py`; `init`: how it starts;
     `scale`: standard deviation for `normal`. `matrix_dims`: for weights that act as one matrix, how many trailing dims
     form its (inputs, outputs) sides, e.g. (1, 2) for attention's (width, heads, head_dim); None for everything else.
+    `sparse`: an embedding table, updated row by row and not by the optimizer of the dense weights.
     """
 
     shape: tuple[int, ...]
@@ -35,6 +40,7 @@ class Parameter:
     init: Literal["normal", "zeros", "ones"] = "normal"
     scale: float = 0.02
     matrix_dims: tuple[int, int] | None = None
+    sparse: bool = False
 
 
 class Task(Protocol):
@@ -55,6 +61,14 @@ class Task(Protocol):
         ...
 
     @property
+    def tables(self) -> Tables | None:
+        """Embedding tables, which are looked up and updated row by row; None: all parameters are dense.
+
+        With tables `init` returns them under `tables`, and `loss` gets them there or their bags in the batch.
+        """
+        ...
+
+    @property
     def stored_layout(self) -> StoredLayout | None:
         """How checkpoints have the state; None: as the program has it."""
         ...
@@ -71,7 +85,7 @@ class Task(Protocol):
         ...
 
     def flops_per_token(self, sequence: int) -> float:
-        """Model FLOPs of forward and backward per trained token at this sequence length (no recomputation)."""
+        """Model FLOPs of forward and backward per trained token (or example) at this sequence length, none repeated."""
         ...
 
 

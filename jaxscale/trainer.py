@@ -18,7 +18,6 @@ import jax
 from jaxscale.checkpoint.durable import DurableCheckpoints, warm_up
 from jaxscale.checkpoint.restore import restore_newest
 from jaxscale.config import Config
-from jaxscale.data.corpora import open_corpora
 from jaxscale.mesh import mesh_sizes_for, prepare_backend
 from jaxscale.recipe import Hooks
 from jaxscale.run_directory import TAIL_BYTES, RunDirectory, open_run
@@ -51,13 +50,13 @@ def train(config: Config, world: World | None, hooks: Hooks | None = None) -> Ex
     and their like on bad input, before anything is written; SaveFailed when the last state could not be saved.
     """
     mesh_sizes_for(config)  # refused, where it can be, before this process waits for others
-    corpora = open_corpora(config)  # built before the world forms: nobody waits for token files in a collective
+    source = config.model.source(config)  # built before the world forms: nobody waits for token files in a collective
     with signals() as stop, contextlib.ExitStack() as stack:
         prepare_backend(config, world)
         warm_up()
         with stop.ends_at_once("the processes of the world met"):
             joined = stack.enter_context(membership(world))
-            check_alike(joined, config, corpora.identity())
+            check_alike(joined, config, source.identity())
         directory = open_run(config, joined)
         stack.callback(_close, directory, joined)
         if joined.processes > 1:
@@ -159,7 +158,8 @@ class _PlainRun:
                 directory.event("restored", step=self._restored, sources=self._sources, seconds=seconds)
             self._sinks = make_sinks(config, directory.path)
             journal = next(sink for sink in self._sinks if isinstance(sink, JsonlMetrics))
-            start.tokenizer.save(directory.tokenizer)
+            if start.tokenizer is not None:
+                start.tokenizer.save(directory.tokenizer)
             journal.ensure_line(start.metrics_line)
         for note in summary.notes:
             logger.info("%s", note)
@@ -167,6 +167,7 @@ class _PlainRun:
         self._display = Display(
             config.steps,
             enabled=self._world.is_writer,
+            unit=config.model.unit,
             flops_per_token=start.flops_per_token,
             peak=peak_flops(start.devices, config.precision.compute) if self._world.is_writer else None,
         )

@@ -16,10 +16,9 @@ from jaxscale import audit
 from jaxscale import config as config_library
 from jaxscale.checkpoint.stored_layout import restoring, storing
 from jaxscale.config import Config
-from jaxscale.data.corpora import Corpora, open_corpora
-from jaxscale.data.evaluation import HeldOut, evaluation_batches, held_out
 from jaxscale.data.loader import Loader
 from jaxscale.data.position import changed_order, phase_at_step, phases, row_at_step
+from jaxscale.data.source import Held, Source
 from jaxscale.environment import environment
 from jaxscale.mesh import describe, make_mesh, mesh_sizes
 from jaxscale.optim.build import Optimizer, make_optimizer
@@ -37,6 +36,7 @@ from jaxscale.train.state import State, abstract_state
 from jaxscale.train.step import make_step
 from jaxscale.train.stop import StopAsked
 from jaxscale.train.summary import Summary, bytes_per_device, count_parameters
+from jaxscale.train.tables import weights_of
 from jaxscale.world import barrier
 
 COMPILE_SECONDS = 3600
@@ -58,9 +58,9 @@ def run_worker(config: Config, world: World, restore: Restore, sinks: Sinks, hoo
         task = with_step_metrics(config.model.task(config), hooks)
         report = audit.audit(task.parameters, mesh_sizes(mesh), config)
         optimizer = make_optimizer(config.optim, task.parameters, config.steps)
-        corpora = open_corpora(config)
-        corpora.check_vocabulary(task.vocabulary)
-        held = held_out(corpora)
+        corpora = config.model.source(config)
+        corpora.check_task(task)
+        held = corpora.held_out()
         _check_evaluation(config, held, hooks)
         here = environment()
         abstract = abstract_state(config, task, optimizer)
@@ -104,7 +104,7 @@ def _state_and_record(
     config: Config,
     task: Task,
     optimizer: Optimizer,
-    corpora: Corpora,
+    corpora: Source,
     here: dict[str, Any],
     abstract: State,
     restored: tuple[State, Record] | None,
@@ -141,7 +141,7 @@ def _summary(
     config: Config,
     mesh: jax.sharding.Mesh,
     abstract: State,
-    corpora: Corpora,
+    corpora: Source,
     record: Record,
     sinks: Sinks,
     notes: list[str],
@@ -149,23 +149,24 @@ def _summary(
     phase = phase_at_step(phases(config), record.step)
     return Summary(
         name=config.name,
-        parameters=count_parameters(abstract["params"]),
+        parameters=count_parameters(weights_of(abstract)),
         mesh=describe(mesh),
         bytes_per_device=bytes_per_device(abstract, 4 if config.precision.reduce == "float32" else 2),
         steps=config.steps,
         rows=phase.batch,
-        sequence=phase.sequence,
+        sequence=phase.sequence if config.model.unit == "tokens" else 1,
+        unit=config.model.unit,
         run_dir=str(sinks.directory),
         microbatches=config.train.microbatches,
         precision=f"{config.precision.weights} weights, {config.precision.compute} compute",
         data=", ".join(source.path for source in phase.sources),
-        data_tokens=sum(corpora.by_address[source.path].train.length for source in phase.sources),
+        data_tokens=corpora.length(phase),
         resumed_from=record.step,
         notes=tuple(notes),
     )
 
 
-def _check_evaluation(config: Config, held: HeldOut, hooks: Hooks) -> None:
+def _check_evaluation(config: Config, held: Held, hooks: Hooks) -> None:
     """Raises ConfigError where evaluations are asked for and there is nothing to evaluate."""
     if config.evaluate.every and not held.tokens and not hooks.evaluations:
         there = f"the {held.documents} held-out documents are empty" if held.documents else "no documents are held out"
@@ -175,7 +176,7 @@ def _check_evaluation(config: Config, held: HeldOut, hooks: Hooks) -> None:
         )
 
 
-def _evaluation_due(config: Config, held: HeldOut, hooks: Hooks) -> Callable[[int], bool]:
+def _evaluation_due(config: Config, held: Held, hooks: Hooks) -> Callable[[int], bool]:
     """Whether to evaluate after so many updates: every `evaluate.every`, and at the end where there is something to."""
     something = held.tokens > 0 or bool(hooks.evaluations)
     every, sample = config.evaluate.every, config.sample.every
@@ -190,9 +191,9 @@ def _evaluation_due(config: Config, held: HeldOut, hooks: Hooks) -> Callable[[in
 def _evaluator(
     config: Config,
     task: Task,
-    corpora: Corpora,
+    corpora: Source,
     mesh: jax.sharding.Mesh,
-    held: HeldOut,
+    held: Held,
     hooks: Hooks,
     sinks: Sinks,
     world: World,
@@ -204,13 +205,13 @@ def _evaluator(
 
     def one(params: Params, batch: Batch) -> dict[str, jax.Array]:
         if not compiled:
-            shape = "x".join(map(str, batch["tokens"].shape))
+            shape = "x".join(map(str, batch["loss_weight"].shape))
             compiled.append(sinks.programs.get(f"evaluate {shape}", lambda: jitted.lower(params, batch)))  # type: ignore[attr-defined]  # jitted
             barrier(world, "evaluation compiled", COMPILE_SECONDS)
         return compiled[0](params, batch)
 
     def batches() -> Iterator[Batch]:
-        return evaluation_batches(config, corpora, mesh)
+        return corpora.evaluation_batches(config, mesh)
 
     def watch(step: int) -> None:
         """Every process does the same between its looks, so a stop is noticed by all at the same one."""
@@ -230,10 +231,10 @@ def _evaluator(
             return None  # an evaluation of a part of the documents would pass for one of all of them
 
     def whole(state: State, done: int) -> dict[str, float]:
-        params: Params = state["ema"] if "ema" in state else state["params"]
+        params = weights_of(state)
         results: dict[str, float] = {}
         if _evaluation_due(replace(config, sample=config_library.SampleConfig()), held, hooks)(done):
-            results = evaluate_batches(one, params, watched(done), held.bytes_per_token)
+            results = evaluate_batches(one, params, watched(done), corpora.summarise)
             context = EvaluationContext(done, params, task, config, lambda: watched(done))
             results |= run_evaluations(hooks, context, lambda: watch(done))
         sampler.after(done, params, lambda: watch(done))

@@ -29,7 +29,7 @@ class DifferentStart(ConfigError):
 def check_alike(world: World, config: Config, data: Mapping[str, Any]) -> None:
     """Compares each process's number of processes, config and data with process 0's. All processes call it.
 
-    data: `Corpora.identity()`. Raises DifferentStart, on all processes, naming the process, the fields and both values.
+    data: `Source.identity()`. Raises DifferentStart, on all processes, naming the process, the fields and both values.
     """
     mine = facts(world, config, data)
     problem = difference(broadcast_json(world, mine), mine)
@@ -45,12 +45,12 @@ def check_alike(world: World, config: Config, data: Mapping[str, Any]) -> None:
 def facts(world: World, config: Config, data: Mapping[str, Any]) -> dict[str, Any]:
     """What has to be the same everywhere, as {name: value}."""
     fields = {name: value for name, value in flatten(to_dict(config)).items() if name not in PER_HOST}
-    tokenizer = data["tokenizer"]
+    tokenizer = data.get("tokenizer")
     return {
         "number of processes": world.processes,
         **{name.replace("_", "-"): value for name, value in fields.items()},
         "run.dir": str(run_path(config)),
-        "tokenizer": f"{tokenizer['name']} ({tokenizer['hash']})",
+        **({"tokenizer": f"{tokenizer['name']} ({tokenizer['hash']})"} if tokenizer else {}),
         **{f"content of {address}": content for content, address in data["corpora"].items()},
     }
 

@@ -31,6 +31,7 @@ from jaxscale.config import (
     to_text,
 )
 from jaxscale.mesh import mesh_sizes_for
+from jaxscale.models.dlrm_config import DlrmConfig
 from jaxscale.models.rope_config import RopeConfig
 from jaxscale.models.transformer_config import TransformerConfig
 
@@ -43,12 +44,13 @@ def config(**fields: typing.Any) -> Config:
 
 # Every field is read
 
-OTHER_CLASSES = (TransformerConfig, RopeConfig, SourceConfig, PhaseConfig)
+OTHER_CLASSES = (TransformerConfig, DlrmConfig, RopeConfig, SourceConfig, PhaseConfig)
 """Config classes that no field of Config names as its type."""
 
 CALLED = {
     ModelConfig: {"model", "config"},
     TransformerConfig: {"model", "config"},
+    DlrmConfig: {"model", "config"},
     RopeConfig: {"rope", "config"},
     SourceConfig: {"source"},
     PhaseConfig: {"phase"},

@@ -7,6 +7,7 @@ at the end. Legend: B rows on the devices, S tokens per row. Read next: `loader.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
@@ -21,6 +22,7 @@ from jaxscale.data.errors import DataError
 from jaxscale.data.mixture import make_references, source_seed
 from jaxscale.data.position import Phase, phase_at_step, phases, row_at_step
 from jaxscale.data.rows import Rows, empty_rows, join_rows, make_rows
+from jaxscale.data.source import Layout, RowArray
 
 if TYPE_CHECKING:
     import grain  # type: ignore[import-untyped]  # no stubs
@@ -29,6 +31,19 @@ TOKEN_SPEC = P(axes.BATCH_AXES, "context")
 """Of (B, S) arrays."""
 ROW_SPEC = P(axes.BATCH_AXES)
 """Of the (B,) array `row`."""
+
+
+SPECS = {
+    **dict.fromkeys(("tokens", "targets", "segment_ids", "positions", "loss_weight"), TOKEN_SPEC),
+    "row": ROW_SPEC,
+}
+"""Of rows of text."""
+
+
+def text_layout(sequence: int) -> Layout:
+    """The arrays of a batch of text."""
+    one = empty_rows(sequence, np.zeros(1, np.int64))
+    return {name: RowArray(value.shape[1:], value.dtype.name, SPECS[name]) for name, value in one.items()}
 
 
 class References:
@@ -93,6 +108,10 @@ class StepRows:
         for phase in self._references.table:
             check_divides(phase.sequence, mesh)
 
+    @property
+    def specs(self) -> Mapping[str, P]:
+        return SPECS
+
     def __len__(self) -> int:
         return self._steps
 
@@ -110,19 +129,29 @@ class StepRows:
         if phase.batch not in self._wanted:
             self._wanted[phase.batch] = needed_rows(self._mesh, self._padded(phase.batch), self._devices)
         return fill(
-            self._wanted[phase.batch], phase.batch, first, phase.sequence, lambda row: self._references.rows(phase, row)
+            self._wanted[phase.batch],
+            phase.batch,
+            first,
+            partial(empty_rows, phase.sequence),
+            lambda row: self._references.rows(phase, row),
         )
 
     def _padded(self, batch: int) -> int:
         return axes.padded_batch(batch, self._microbatches, axes.batch_shards(self._mesh.shape))
 
 
-def fill(wanted: np.ndarray, rows: int, first: int, sequence: int, read: Callable[[np.ndarray], Rows]) -> Rows:
-    """Places `wanted` of a batch: those below `rows` are read by their global ids, the rest are padding."""
+def fill(
+    wanted: np.ndarray,
+    rows: int,
+    first: int,
+    empty: Callable[[np.ndarray], Rows],
+    read: Callable[[np.ndarray], Rows],
+) -> Rows:
+    """Places `wanted` of a batch: those below `rows` are read by their global ids, the rest is padding (`empty`)."""
     real = wanted[wanted < rows]
     parts = [read(first + real)] if len(real) else []
     if len(real) < len(wanted):
-        parts.append(empty_rows(sequence, first + wanted[len(real) :]))
+        parts.append(empty(first + wanted[len(real) :]))
     return join_rows(parts)
 
 

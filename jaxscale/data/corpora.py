@@ -5,9 +5,9 @@ Read next: `loader.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxscale.config import Config
 from jaxscale.data.corpus import Corpus, open_corpus
@@ -16,10 +16,18 @@ from jaxscale.data.errors import DataError
 from jaxscale.data.position import Phase, phases
 from jaxscale.data.tokenizer import Tokenizer, load_tokenizer
 
+if TYPE_CHECKING:
+    import jax
+    from jax.sharding import Mesh
+
+    from jaxscale.data.batches import StepRows
+    from jaxscale.data.evaluation import HeldOut
+    from jaxscale.task import Task
+
 
 @dataclass(frozen=True)
 class Corpora:
-    """What a run reads. Opening it maps files into memory and reads next to nothing."""
+    """What a run of a language model reads; a `Source`. Opening it maps files into memory, hardly reading any."""
 
     tokenizer: Tokenizer
     by_address: Mapping[str, Corpus]
@@ -76,6 +84,33 @@ class Corpora:
                 f"tokenizer {self.tokenizer.name} has token ids up to {self.tokenizer.vocabulary - 1}, beyond the "
                 f"model's vocabulary of {vocabulary}; set model.vocabulary to at least {self.tokenizer.vocabulary}"
             )
+
+    def check_task(self, task: Task) -> None:
+        self.check_vocabulary(task.vocabulary)
+
+    def length(self, phase: Phase) -> int:
+        return sum(self.by_address[source.path].train.length for source in phase.sources)
+
+    # What comes later in the order of reading is imported where it is wanted.
+    def step_rows(self, config: Config, mesh: Mesh, devices: Collection[jax.Device]) -> StepRows:
+        from jaxscale.data.batches import StepRows
+
+        return StepRows(config, self.by_address, mesh, devices)
+
+    def held_out(self) -> HeldOut:
+        from jaxscale.data.evaluation import held_out
+
+        return held_out(self)
+
+    def evaluation_batches(self, config: Config, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
+        from jaxscale.data.evaluation import evaluation_batches
+
+        return evaluation_batches(config, self, mesh)
+
+    def summarise(self, totals: Mapping[str, Any]) -> dict[str, float]:
+        from jaxscale.train.evaluate import summarise
+
+        return summarise(totals, self.held_out().bytes_per_token)
 
 
 def open_corpora(config: Config) -> Corpora:

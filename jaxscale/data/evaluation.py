@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jax.sharding import Mesh
@@ -17,7 +18,7 @@ from jaxscale.data.batches import check_divides, fill, needed_rows
 from jaxscale.data.corpora import Corpora
 from jaxscale.data.corpus import Stream
 from jaxscale.data.loader import Batch, to_devices
-from jaxscale.data.rows import Rows, join_rows, make_rows
+from jaxscale.data.rows import Rows, empty_rows, join_rows, make_rows
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def evaluation_batches(config: Config, corpora: Corpora, mesh: Mesh) -> Iterator
     batches = -(-total // batch)
     for number in range(min(batches, config.evaluate.batches or batches)):
         start = number * batch
-        yield to_devices(fill(wanted, min(batch, total - start), start, sequence, read), mesh, padded)
+        rows = fill(wanted, min(batch, total - start), start, partial(empty_rows, sequence), read)
+        yield to_devices(rows, mesh, padded)
 
 
 def _read(stream: Stream, window: int, sequence: int, row: np.ndarray) -> Rows:

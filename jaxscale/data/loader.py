@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxscale.config import Config
-from jaxscale.data.batches import ROW_SPEC, TOKEN_SPEC, StepRows, needed_rows
-from jaxscale.data.corpora import Corpora
+from jaxscale.data.batches import SPECS, needed_rows
 from jaxscale.data.rows import Rows
+from jaxscale.data.source import Source
 
 if TYPE_CHECKING:
     from grain import DatasetIterator  # type: ignore[import-untyped]  # no stubs
@@ -35,7 +36,7 @@ class Step(NamedTuple):
     rows: int
     """Rows of the batch, without padding."""
     batch: Batch
-    """tokens, targets, segment_ids, positions: (B, S) int32, and loss_weight: (B, S) float32, all sharded
+    """Of text: tokens, targets, segment_ids, positions: (B, S) int32, and loss_weight: (B, S) float32, all sharded
     P((data, fsdp, expert), context); row: (B,) uint32, global row modulo 2^32, sharded P((data, fsdp, expert)).
     B = `axes.padded_batch(rows, microbatches, shards)`; padding rows come last and have loss_weight 0."""
 
@@ -43,12 +44,12 @@ class Step(NamedTuple):
 class Loader:
     """Iterates over the steps from `start_step` to the end of the run. Close it, or use it in a `with`."""
 
-    def __init__(self, config: Config, corpora: Corpora, mesh: Mesh, start_step: int = 0) -> None:
+    def __init__(self, config: Config, source: Source, mesh: Mesh, start_step: int = 0) -> None:
         """Starts to read ahead `config.data.prefetch` batches in one background thread."""
         import grain
 
         self._mesh = mesh
-        self._rows = StepRows(config, corpora.by_address, mesh, mesh.local_devices)
+        self._rows = source.step_rows(config, mesh, mesh.local_devices)
         self._step = start_step
         # The thread makes NumPy arrays only: JAX stays in the caller's thread, where a transfer does not block either.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=config.data.prefetch)
@@ -73,7 +74,7 @@ class Loader:
             raise
         self._step = step + 1
         row, count = self._rows.span(step)
-        return Step(step, row, count, to_devices(rows, self._mesh, self._rows.padded(step)))
+        return Step(step, row, count, to_devices(rows, self._mesh, self._rows.padded(step), self._rows.specs))
 
     def close(self) -> None:
         """Stops reading ahead. May be called more than once."""
@@ -89,10 +90,12 @@ class Loader:
         self.close()
 
 
-def to_devices(rows: Rows, mesh: Mesh, padded: int) -> Batch:
-    """Global arrays of `padded` rows from the rows that this process's devices hold, in the order of `needed_rows`."""
-    tokens, row = NamedSharding(mesh, TOKEN_SPEC), NamedSharding(mesh, ROW_SPEC)
-    shardings = {name: row if name == "row" else tokens for name in rows}
+def to_devices(rows: Rows, mesh: Mesh, padded: int, specs: Mapping[str, P] = SPECS) -> Batch:
+    """Global arrays of `padded` rows from the rows that this process's devices hold, in the order of `needed_rows`.
+
+    specs: of each array; those of text where nothing is said.
+    """
+    shardings = {name: NamedSharding(mesh, specs[name]) for name in rows}
     if mesh.is_multi_process:
         return _assemble(rows, padded, needed_rows(mesh, padded, mesh.local_devices), shardings)
     return jax.device_put(rows, shardings)

@@ -55,6 +55,11 @@ class TransformerTask:
         return self.model.vocabulary
 
     @property
+    def tables(self) -> None:
+        """None: the embedding is a dense weight."""
+        return None
+
+    @property
     def stored_layout(self) -> StoredLayout | None:
         """Programs have the layers as checkpoints do, but for pipeline stages of several chunks."""
         return layer_layout(self.model.layers, stages(), self.pipeline.chunks) if stages() > 1 else None

@@ -31,21 +31,23 @@ class Optimizer:
     `update(grads, state, params, step)`: float32 updates, to be added to the parameters (`apply_updates`): they contain
     the learning rate and the weight decay. Also the new state. `step` is the 0-based int32 step. To skip a step the
     caller keeps the old state and drops the updates.
-    `learning_rate(step)`: float32 scalar.
+    `learning_rate(step)`: float32 scalar; `share(step)`: of its peak.
     """
 
     init: Callable[[Params], dict[str, Any]]
     update: Callable[[Params, dict[str, Any], Params, jax.Array], tuple[dict[str, Any], dict[str, Any]]]
     learning_rate: Callable[[jax.typing.ArrayLike], jax.Array]
+    share: Callable[[jax.typing.ArrayLike], jax.Array]
 
 
 def make_optimizer(optim: OptimConfig, parameters: Mapping[str, Parameter], steps: int) -> Optimizer:
     """The optimizer that `optim` names, for the parameters of a task and a run of `steps` updates.
 
     Decay is decoupled (Loshchilov and Hutter 2019): new = old - rate * (direction + weight_decay * old), the latter
-    only for weights (`groups.decays`). `init` and `update` raise ValueError for trees whose paths are not those of
-    `parameters`.
+    only for weights (`groups.decays`). Embedding tables are left out: `train/tables.py` updates them.
+    `init` and `update` raise ValueError for trees whose paths are not those of `parameters`.
     """
+    parameters = {path: parameter for path, parameter in parameters.items() if not parameter.sparse}
     share = make_schedule(optim, steps)
     rules = {path: _rule(optim, parameter) for path, parameter in parameters.items()}
 
@@ -69,7 +71,7 @@ def make_optimizer(optim: OptimConfig, parameters: Mapping[str, Parameter], step
             updates[path] = -_peak(optim, parameter) * rate_share * direction
         return tree.unflatten(updates), _nested(new_slots)
 
-    return Optimizer(init, update, lambda step: optim.learning_rate * share(step))
+    return Optimizer(init, update, lambda step: optim.learning_rate * share(step), share)
 
 
 def apply_updates(params: Params, updates: dict[str, Any]) -> Params:

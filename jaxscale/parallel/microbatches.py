@@ -18,6 +18,17 @@ def split(batch: Batch, microbatches: int) -> dict[str, jax.Array]:
     return {name: _split(value, microbatches) for name, value in batch.items()}
 
 
+def join(parts: Batch) -> dict[str, jax.Array]:
+    """The way back from `split`: (microbatches, rows / microbatches, ...) -> (rows, ...)."""
+    return {name: _join(value) for name, value in parts.items()}
+
+
+def _join(value: jax.Array) -> jax.Array:
+    spec = jax.typeof(value).sharding.spec
+    shape = (value.shape[0] * value.shape[1], *value.shape[2:])
+    return jax.lax.reshape(jnp.swapaxes(value, 0, 1), shape, out_sharding=jax.P(*spec[1:]))
+
+
 def _split(value: jax.Array, microbatches: int) -> jax.Array:
     batch_spec = jax.typeof(value).sharding.spec
     shape = (value.shape[0] // microbatches, microbatches, *value.shape[1:])

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
 
 from jaxscale import axes
 from jaxscale.config import Config, MeshConfig
-from jaxscale.data.batches import ROW_SPEC, TOKEN_SPEC
+from jaxscale.data import source
 from jaxscale.data.position import phase_at_step, phases
 from jaxscale.mesh import make_mesh
 from jaxscale.optim.build import make_optimizer
@@ -32,6 +31,7 @@ from jaxscale.train.evaluate import make_evaluate
 from jaxscale.train.hooks import with_step_metrics
 from jaxscale.train.state import abstract_state
 from jaxscale.train.step import make_step
+from jaxscale.train.tables import weights_of
 
 WAIT_SECONDS = 5.0
 """How long after the start: the running world's own programs come first."""
@@ -93,22 +93,17 @@ class CompileAhead:
         if config.data.held_out_documents:
             evaluate: Any = make_evaluate(task)
             judged = abstract_batch(config, mesh, config.data.batch, config.data.sequence)
-            params = state["ema"] if "ema" in state else state["params"]
+            params = weights_of(state)
             wanted.append((program_name("evaluate", judged), lambda: evaluate.lower(params, judged)))
         return wanted
 
 
 def program_name(what: str, batch: Mapping[str, Any]) -> str:
     """Name of the program of `what` for batches of this shape."""
-    return f"{what} {'x'.join(map(str, batch['tokens'].shape))}"
+    return f"{what} {'x'.join(map(str, batch['loss_weight'].shape))}"
 
 
 def abstract_batch(config: Config, mesh: jax.sharding.Mesh, batch: int, sequence: int) -> dict[str, Any]:
     """Shapes and shardings (`jax.ShapeDtypeStruct`) of `batch` rows on a mesh, as the loader makes them."""
     rows = axes.padded_batch(batch, config.train.microbatches, axes.batch_shards(mesh.shape))
-    tokens, row = NamedSharding(mesh, TOKEN_SPEC), NamedSharding(mesh, ROW_SPEC)
-    shape = (rows, sequence)
-    names = ("tokens", "targets", "segment_ids", "positions")
-    integers = {name: jax.ShapeDtypeStruct(shape, "int32", sharding=tokens) for name in names}
-    weight = jax.ShapeDtypeStruct(shape, "float32", sharding=tokens)
-    return {**integers, "loss_weight": weight, "row": jax.ShapeDtypeStruct((rows,), "uint32", sharding=row)}
+    return source.abstract_batch(config.model.layout(sequence), rows, mesh)

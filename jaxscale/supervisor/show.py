@@ -44,7 +44,7 @@ class Show:
         self._folder = Path()
         """As the user would write it."""
         self._follower: Follower | None = None
-        self._display = Display(config.steps, stream=self._stream)
+        self._display = Display(config.steps, unit=config.model.unit, stream=self._stream)
         self._story = Story()
         self._is_over = self._is_silent = False
         self.step = 0
@@ -156,7 +156,12 @@ def screen(config: Config, shape: ClusterShape, folder: Path) -> list[str]:
             if durable.every
             else "a checkpoint at the end",
         ),
-        ("step", f"{config.data.batch} rows x {config.data.sequence} tokens"),
+        (
+            "step",
+            f"{config.data.batch} rows x {config.data.sequence} tokens"
+            if config.model.unit == "tokens"
+            else f"{config.data.batch} {config.model.unit}",
+        ),
         ("run", f"{folder} (watch it with: jaxscale status {folder} --watch)"),
         ("steps", f"{config.steps:,}"),
     ]

@@ -88,7 +88,8 @@ class SupervisedRun:
         if world.is_writer:
             self._sinks = make_sinks(config, directory.path)
             journal = next(sink for sink in self._sinks if isinstance(sink, JsonlMetrics))
-            start.tokenizer.save(directory.tokenizer)
+            if start.tokenizer is not None:
+                start.tokenizer.save(directory.tokenizer)
             journal.ensure_line(start.metrics_line)
         if job.every:
             verdicts = VerdictRecord(Path(job.folder) / VERDICTS)

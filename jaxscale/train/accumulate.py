@@ -6,6 +6,8 @@ up to the same mean (a mean of means would not). Read next: `train/step.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, cast
 
 import jax
@@ -13,21 +15,30 @@ import jax.numpy as jnp
 
 from jaxscale.optim.clip import sum_of_squares
 from jaxscale.parallel import pipeline
-from jaxscale.parallel.microbatches import split
+from jaxscale.parallel.microbatches import join, split
 from jaxscale.task import Batch, LayeredTask, Params, Task
 from jaxscale.train.hooks import step_metrics_of
+from jaxscale.train.tables import TABLES, with_bags
 
 Sums = dict[str, jax.Array]
+NO_BAGS: Mapping[str, jax.Array] = MappingProxyType({})
 
 
 def loss_and_gradients(
-    task: Task, params: Params, batch: Batch, key: jax.Array, microbatches: int, noise: bool
+    task: Task,
+    params: Params,
+    batch: Batch,
+    key: jax.Array,
+    microbatches: int,
+    noise: bool,
+    bags: Mapping[str, jax.Array] = NO_BAGS,
 ) -> tuple[Sums, Params]:
     """Mean metrics over the batch's tokens (float32 scalars, `loss` among them) and the gradients of the mean loss.
 
     batch: arrays (rows, ...), rows sharded over (data, fsdp, expert); row r is in microbatch r mod `microbatches`.
     With `noise`, the metrics also hold `part_square`, the mean squared gradient norm of single microbatches, and
-    `parts`, how many there are: those that have no weight (padding, say) have no gradient and do not count.
+    `parts`, how many there are: those that have no weight (padding, say) have no gradient and do not count. `bags`:
+    what was looked up in tables for the batch; its gradient, (rows, ...) too, comes under `tables`, if there are any.
     """
     weight = batch["loss_weight"].sum()
     if pipeline.stages() > 1:
@@ -37,33 +48,39 @@ def loss_and_gradients(
         own = {name: value / weight for name, value in step_metrics_of(task, params, parts, metrics).items()}
         return {**metrics, **own, "tokens": weight}, gradients
 
-    def part_loss(params: Params, part: Batch) -> tuple[jax.Array, Sums]:
-        total, metrics = task.loss(params, part, key)
+    def part_loss(both: tuple[Params, Batch], part: Batch) -> tuple[jax.Array, Sums]:
+        params, looked_up = both
+        total, metrics = task.loss(params, with_bags(part, looked_up), key)
         return total / weight, {name: value / weight for name, value in metrics.items()}
 
     grad = jax.grad(part_loss, has_aux=True)
     if microbatches == 1:
-        gradients, metrics = grad(params, batch)
-        return {**metrics, "tokens": weight}, gradients
+        (gradients, of_bags), metrics = grad((params, dict(bags)), batch)
+        return {**metrics, "tokens": weight}, _with_tables(gradients, of_bags)
 
-    def add_part(total: tuple[Any, Params], part: Batch) -> tuple[tuple[Any, Params], None]:
-        gradients, metrics = grad(params, part)
+    def add_part(total: tuple[Any, Params], both: tuple[Batch, Batch]) -> tuple[tuple[Any, Params], Batch]:
+        part, looked_up = both
+        (gradients, of_bags), metrics = grad((params, looked_up), part)
         if noise:  # of the part's own mean gradient, hence the ratio of weights
             mine = part["loss_weight"].sum()
             ratio = jnp.where(mine > 0, weight / jnp.where(mine > 0, mine, 1), 0)
             metrics |= {"part_square": ratio**2 * _square(gradients), "parts": (mine > 0).astype(jnp.float32)}
-        return jax.tree.map(jnp.add, total, (metrics, gradients)), None
+        return jax.tree.map(jnp.add, total, (metrics, gradients)), of_bags
 
-    parts = split(batch, microbatches)
-    first = {name: value[0] for name, value in parts.items()}
-    metric_shapes = jax.eval_shape(lambda: part_loss(params, first)[1])
+    both = split(batch, microbatches), split(bags, microbatches)
+    first, first_bags = ({name: value[0] for name, value in parts.items()} for parts in both)
+    metric_shapes = jax.eval_shape(lambda: part_loss((params, first_bags), first)[1])
     zeros = {name: jnp.float32(0) for name in [*metric_shapes, *(["part_square", "parts"] if noise else [])]}
     # In float32 whatever the weights are: added up in bfloat16, the later of many parts would be rounded away.
     none = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
-    (metrics, gradients), _ = jax.lax.scan(add_part, (zeros, none), parts)
+    (metrics, gradients), of_bags = jax.lax.scan(add_part, (zeros, none), both)
     if noise:
         metrics["part_square"] /= metrics["parts"]
-    return {**metrics, "tokens": weight}, gradients
+    return {**metrics, "tokens": weight}, _with_tables(gradients, join(of_bags))
+
+
+def _with_tables(gradients: Params, of_bags: Batch) -> Params:
+    return {**gradients, TABLES: dict(of_bags)} if of_bags else gradients
 
 
 def _square(gradients: Params) -> jax.Array:

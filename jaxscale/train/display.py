@@ -39,6 +39,7 @@ _SECTIONS: Mapping[Section, str] = {
 class Display:
     """Prints to `stream`; a silent one for the processes that are not the writer is `Display(..., enabled=False)`.
 
+    unit: what a step's work is counted in, and its field of a line.
     flops_per_token: of the model, forward and backward; peak: FLOP/s of all devices (None: no MFU).
     """
 
@@ -47,6 +48,7 @@ class Display:
         total_steps: int,
         *,
         enabled: bool = True,
+        unit: str = "tokens",
         flops_per_token: float = 0.0,
         peak: float | None = None,
         stream: IO[str] | None = None,
@@ -54,6 +56,7 @@ class Display:
     ) -> None:
         self._total = total_steps
         self._enabled = enabled
+        self._unit = unit
         self._flops_per_token = flops_per_token
         self._peak = peak
         self._stream: Any = Copy(stream if stream is not None else sys.stdout)
@@ -95,7 +98,7 @@ class Display:
         first = not self._line or line.get("epoch") != self._line.get("epoch")
         self._line = line
         if not first:  # the first step's time holds the compilation, or a restart
-            self._speed.append((float(line["tokens"]), float(line["step_seconds"])))
+            self._speed.append((float(line[self._unit]), float(line["step_seconds"])))
         evaluation = {name: value for name, value in line.items() if name.startswith("eval_")}
         if evaluation:
             found = ", ".join(f"{_words(k)} {_number(v)}" for k, v in evaluation.items())
@@ -143,7 +146,7 @@ class Display:
         parts = [(2, f"loss {self._line['loss']:.4f}"), (6, f"grad norm {self._line['grad_norm']:.3g}")]
         tokens, seconds = (sum(column) for column in zip(*self._speed, strict=True)) if self._speed else (0.0, 0.0)
         if seconds:
-            parts.append((3, f"{tokens / seconds:,.0f} tokens/s"))
+            parts.append((3, f"{tokens / seconds:,.0f} {self._unit}/s"))
             if self._peak:
                 from jaxscale.train.flops import model_flops_utilisation  # as in `start`
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
+import numpy as np
 
 from jaxscale.task import Batch, Params, Task
 
@@ -16,7 +18,7 @@ Evaluate = Callable[[Params, Batch], dict[str, jax.Array]]
 
 
 def make_evaluate(task: Task) -> Evaluate:
-    """The jitted evaluation of one batch: float32 sums over its tokens, `tokens` (their weight) among them."""
+    """The jitted evaluation of one batch: float32 sums over its tokens (or examples), and `tokens`, their weight."""
 
     def evaluate(params: Params, batch: Batch) -> dict[str, jax.Array]:
         _, sums = task.loss(params, batch, None)
@@ -26,24 +28,26 @@ def make_evaluate(task: Task) -> Evaluate:
 
 
 def evaluate_batches(
-    evaluate: Evaluate, params: Params, batches: Iterable[Batch], bytes_per_token: float
+    evaluate: Evaluate,
+    params: Params,
+    batches: Iterable[Batch],
+    summarise: Callable[[Mapping[str, Any]], dict[str, float]],
 ) -> dict[str, float]:
-    """Means over all tokens of all batches, summed on the host in float64.
-
-    Returns `eval_loss` (nats per token), `eval_perplexity`, `eval_bits_per_byte`, `eval_tokens`; empty without batches.
-    bytes_per_token: bytes of the held-out text by predicted token, which makes models with other tokenizers comparable.
-    """
-    totals: dict[str, float] = {}
+    """`summarise` of the sums over all batches, which are added up on the host in float64; empty without batches."""
+    totals: dict[str, Any] = {}
     for batch in batches:
         for name, value in jax.device_get(evaluate(params, batch)).items():
-            totals[name] = totals.get(name, 0.0) + float(value)
-    if not totals.get("tokens"):
-        return {}
-    return summarise(totals, bytes_per_token)
+            totals[name] = totals.get(name, 0.0) + np.float64(value)
+    return summarise(totals) if totals.get("tokens") else {}
 
 
-def summarise(totals: Mapping[str, float], bytes_per_token: float) -> dict[str, float]:
-    """From sums over tokens to what a person compares."""
+def summarise(totals: Mapping[str, Any], bytes_per_token: float) -> dict[str, float]:
+    """From sums over the tokens of text to what a person compares.
+
+    Returns `eval_loss` (nats per token), `eval_perplexity`, `eval_bits_per_byte`, `eval_tokens`. bytes_per_token: bytes
+    of the held-out text by predicted token, which makes models with other tokenizers comparable.
+    """
+    totals = {name: float(value) for name, value in totals.items()}
     loss = totals["loss"] / totals["tokens"]
     return {
         "eval_loss": loss,

@@ -11,14 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jaxscale import axes
 from jaxscale.config import Config, ConfigError
-from jaxscale.data.batches import ROW_SPEC, TOKEN_SPEC
 from jaxscale.data.position import phases
-from jaxscale.data.rows import empty_rows
+from jaxscale.data.source import abstract_batch
 from jaxscale.parallel.pipeline import stages
 from jaxscale.recipe import EvaluationContext, Hooks
 from jaxscale.task import Batch, Params, Task
@@ -106,16 +104,7 @@ def abstract_batches(config: Config, mesh: Mesh) -> list[dict[str, jax.ShapeDtyp
     parts, shards = config.train.microbatches, axes.batch_shards(mesh.shape)
     for batch, sequence in dict.fromkeys((phase.batch, phase.sequence) for phase in phases(config)):
         rows = axes.padded_batch(batch, parts, shards) // parts
-        one = empty_rows(sequence, np.zeros(1, np.int64))
-        shapes = {name: ((rows, *array.shape[1:]), array.dtype) for name, array in one.items()}
-        found.append(
-            {
-                name: jax.ShapeDtypeStruct(
-                    shape, dtype, sharding=NamedSharding(mesh, TOKEN_SPEC if len(shape) == 2 else ROW_SPEC)
-                )
-                for name, (shape, dtype) in shapes.items()
-            }
-        )
+        found.append(abstract_batch(config.model.layout(sequence), rows, mesh))
     return found
 
 

@@ -104,7 +104,7 @@ class Loop:
         if self._pending is None:
             return
         jax.block_until_ready(self._pending.metrics)
-        line = make_line(self._pending, self.epoch, clock, self.config.run.layer_stats_every)
+        line = self._line(self._pending, clock)
         self._pending = None
         self._write_evaluated(line)
 
@@ -135,7 +135,7 @@ class Loop:
 
     def _program(self, batch: Mapping[str, jax.Array], step: int, clock: Clock) -> Any:
         """The compiled step for batches of this shape; a phase may bring a new one."""
-        shape = batch["tokens"].shape
+        shape = batch["loss_weight"].shape
         if shape not in self._programs:
             self._write_pending(clock)
             self.sinks.progress.enter("compile", step)
@@ -150,7 +150,10 @@ class Loop:
     def _write_pending(self, clock: Clock) -> None:
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            self._write(make_line(pending, self.epoch, clock, self.config.run.layer_stats_every))
+            self._write(self._line(pending, clock))
+
+    def _line(self, pending: Pending, clock: Clock) -> dict[str, Any]:
+        return make_line(pending, self.epoch, clock, self.config.run.layer_stats_every, self.config.model.unit)
 
     def _write(self, line: dict[str, Any]) -> None:
         before = self.record.metrics_line.get("skipped", 0)

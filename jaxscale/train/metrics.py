@@ -22,7 +22,7 @@ EVALUATION = "eval_"
 
 RESERVED = frozenset(
     [
-        *("step", "epoch", "row", "rows", "loss", "grad_norm", "learning_rate", "tokens", "step_seconds"),
+        *("step", "epoch", "row", "rows", "loss", "grad_norm", "learning_rate", "tokens", "examples", "step_seconds"),
         *("pause_seconds", "time"),
         *("skipped", "spike", "noise_scale", "noise_trace", "signal", "part_square", "parts"),
         *("evaluation_unfinished", NONFINITE),
@@ -69,8 +69,13 @@ class Clock:
         return seconds
 
 
-def make_line(pending: Pending, epoch: int, clock: Clock, layer_stats_every: int) -> dict[str, Any]:
-    """Waits for the step and returns its line. Floats are exact: float32 values written as Python floats."""
+def make_line(
+    pending: Pending, epoch: int, clock: Clock, layer_stats_every: int, unit: str = "tokens"
+) -> dict[str, Any]:
+    """Waits for the step and returns its line. Floats are exact: float32 values written as Python floats.
+
+    unit: what the model calls that which its loss weights count.
+    """
     values = jax.device_get(dict(pending.metrics))
     seconds, pause = clock.lap()
     line: dict[str, Any] = {
@@ -81,7 +86,7 @@ def make_line(pending: Pending, epoch: int, clock: Clock, layer_stats_every: int
         "loss": float(values.pop("loss")),
         "grad_norm": float(values.pop("grad_norm")),
         "learning_rate": float(values.pop("learning_rate")),
-        "tokens": int(values.pop("tokens")),
+        unit: int(values.pop("tokens")),
         "step_seconds": seconds,
         "pause_seconds": pause,
         "time": time.time(),

@@ -68,7 +68,7 @@ class Record:
     config: Mapping[str, Any]
     """`config.to_dict` of the run."""
     data: Mapping[str, Any]
-    """Identity of the data: tokenizer hash, content hash of each corpus."""
+    """Identity of the data (`data.source.Source.identity`): content hash of each corpus, tokenizer hash."""
     environment: Mapping[str, Any]
     metrics_line: Mapping[str, Any]
     """The step's line of metrics.jsonl; empty at step 0."""
@@ -128,7 +128,8 @@ class Start:
 
     summary: Summary
     environment: Mapping[str, Any]
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    """None: the rows are no text."""
     flops_per_token: float
     devices: Sequence[Any]
     """The `jax.Device`s of the mesh."""

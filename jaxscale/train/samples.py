@@ -14,7 +14,7 @@ from jaxscale.train.protocols import Sinks, World
 class Sampler:
     """Does nothing unless the recipe sets `sample.every`."""
 
-    def __init__(self, config: Config, task: Task, tokenizer: Tokenizer, sinks: Sinks, world: World) -> None:
+    def __init__(self, config: Config, task: Task, tokenizer: Tokenizer | None, sinks: Sinks, world: World) -> None:
         self._sample, self._seed, self._task, self._tokenizer = config.sample, config.seed, task, tokenizer
         self._sinks, self._world = sinks, world
 
@@ -26,6 +26,7 @@ class Sampler:
         sample = self._sample
         if not sample.every or done % sample.every:
             return
+        assert self._tokenizer is not None, "samples of a model that is not of text are refused at the start"
         from jaxscale.generate.text import stream_text
 
         text = ""

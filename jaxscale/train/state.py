@@ -3,6 +3,7 @@
     params/...    weights                       opt/...    optimizer slots, by parameter path
     ema/...       moving average (if kept)      key        random root, uint32 key data
     skipped       int32, updates not applied    window     float32, last finite losses (guard)
+    tables/...    embedding tables (of a task that has them) and their accumulators
 
 Read next: `train/step.py`.
 """
@@ -25,6 +26,7 @@ from jaxscale.optim.build import Optimizer, make_optimizer
 from jaxscale.optim.ema import init_ema
 from jaxscale.task import Params, Task
 from jaxscale.train.guard import empty_window
+from jaxscale.train.tables import init_tables
 
 State = dict[str, Any]
 
@@ -36,10 +38,12 @@ def init_state(config: Config, task: Task, optimizer: Optimizer, params: Params 
     """
     root = jax.random.key(config.seed)
     params = task.init(jax.random.fold_in(root, 0)) if params is None else params
+    params, tables = init_tables(task, params)
     return {
         "params": params,
         "opt": optimizer.init(params),
         **({"ema": init_ema(params)} if config.optim.ema else {}),
+        **tables,
         "key": jax.random.key_data(jax.random.fold_in(root, 1)),
         "skipped": jnp.int32(0),
         "window": empty_window(config.train.spike_window),

@@ -21,6 +21,7 @@ from jaxscale.train import guard
 from jaxscale.train.accumulate import loss_and_gradients
 from jaxscale.train.state import State
 from jaxscale.train.statistics import extra_metrics
+from jaxscale.train.tables import TABLES, look_up_tables, update_tables
 
 Metrics = dict[str, jax.Array]
 Step = Callable[[State, Batch, jax.Array], tuple[State, Metrics]]
@@ -35,14 +36,16 @@ def train_step(
     this one. A loss or gradient that is not finite, or a spike, leaves weights and optimizer as they are and counts.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), step)
+    bags, counts = look_up_tables(task, state, batch)
     metrics, gradients = loss_and_gradients(
-        task, state["params"], batch, key, config.train.microbatches, config.train.noise_scale
+        task, state["params"], batch, key, config.train.microbatches, config.train.noise_scale, bags
     )
     squares = sum_of_squares(gradients, task.parameters)
     norm, score = norm_of(squares), guard.spike_score(state["window"], metrics["loss"])
     accepted = guard.accepts(state["window"], metrics["loss"], norm, score, config.train.skip_spikes_above)
 
     clipped = clip_by_global_norm(gradients, norm, config.optim.clip)
+    tables = update_tables(task, state, batch, clipped.pop(TABLES, {}), accepted, optimizer.share(step))
     updates, opt = optimizer.update(clipped, state["opt"], state["params"], step)
     params = apply_updates(state["params"], updates)
     new = {"params": params, "opt": opt}
@@ -52,9 +55,9 @@ def train_step(
     kept = jax.tree.map(partial(jnp.where, accepted), new, {name: state[name] for name in new})
     skipped = state["skipped"] + jnp.where(accepted, 0, 1)
     metrics |= {"grad_norm": norm, "learning_rate": optimizer.learning_rate(step), "spike": score, "skipped": skipped}
-    metrics |= extra_metrics(config, task, metrics, squares, state["params"], params)
+    metrics |= counts | extra_metrics(config, task, metrics, squares, state["params"], params)
     window = guard.push(state["window"], metrics["loss"], norm)
-    return {**state, **kept, "window": window, "skipped": skipped}, metrics
+    return {**state, **kept, **tables, "window": window, "skipped": skipped}, metrics
 
 
 def make_step(config: Config, task: Task, optimizer: Optimizer) -> Step:

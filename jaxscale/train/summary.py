@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-KINDS = {"params": "parameters", "opt": "optimizer", "ema": "moving average"}
+KINDS = {"params": "parameters", "opt": "optimizer", "ema": "moving average", "tables": "tables"}
 """State entries whose memory a person wants to know, and what they are called."""
 
 
@@ -29,6 +29,8 @@ class Summary:
     rows: int
     sequence: int
     run_dir: str
+    unit: str = "tokens"
+    """Or examples, which are rows of one (`sequence` 1)."""
     microbatches: int = 1
     precision: str = ""
     data: str = ""
@@ -66,7 +68,7 @@ def summary_lines(summary: Summary) -> list[str]:
         ("model", f"{human_count(summary.parameters)} parameters{summary.precision and ', ' + summary.precision}"),
         ("mesh", summary.mesh),
         ("memory", f"per device: {memory} (activations come on top)"),
-        ("step", f"{summary.rows} rows x {summary.sequence} = {summary.tokens_per_step:,} tokens{split}"),
+        ("step", _step(summary) + split),
         ("data", _data(summary)),
         ("run", summary.run_dir),
         (
@@ -98,11 +100,18 @@ def human_count(count: float) -> str:
     return f"{count:,.0f}"
 
 
+def _step(summary: Summary) -> str:
+    if summary.unit != "tokens":
+        return f"{summary.rows:,} {summary.unit}"
+    return f"{summary.rows} rows x {summary.sequence} = {summary.tokens_per_step:,} tokens"
+
+
 def _data(summary: Summary) -> str:
     if not summary.data_tokens:
         return summary.data
     passes = summary.steps * summary.tokens_per_step / summary.data_tokens
-    return f"{summary.data}: {human_count(summary.data_tokens)} tokens, {passes:.2g} passes in {summary.steps:,} steps"
+    size = f"{human_count(summary.data_tokens)} {summary.unit}"
+    return f"{summary.data}: {size}, {passes:.2g} passes in {summary.steps:,} steps"
 
 
 def _shard_size(leaf: Any) -> int:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxscale import axes
+from jaxscale.data import source
 from jaxscale.mesh import mesh_sizes
 from jaxscale.optim.build import make_optimizer
 from jaxscale.train.accumulate import loss_and_gradients
@@ -15,15 +16,7 @@ from jaxscale.train.step import make_step
 def abstract_batch(config, mesh):
     shards = axes.batch_shards(mesh_sizes(mesh))
     rows = axes.padded_batch(config.data.batch, config.train.microbatches, shards)
-    tokens = jax.NamedSharding(mesh, axes.spec("act_batch", "act_sequence"))
-    row = jax.NamedSharding(mesh, axes.spec("act_batch"))
-    shape = (rows, config.data.sequence)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=tokens)
-        for name in ("tokens", "targets", "segment_ids", "positions")
-    }
-    batch["loss_weight"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=tokens)
-    return {**batch, "row": jax.ShapeDtypeStruct(shape[:1], jnp.uint32, sharding=row)}
+    return source.abstract_batch(config.model.layout(config.data.sequence), rows, mesh)
 
 
 def lower_gradients(config, mesh):
