@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from jaxscale import audit
+from jaxscale import audit, jax_private
 from jaxscale.axes import AXES
 from jaxscale.cache import cache_folder
 from jaxscale.config import Config, ConfigError
@@ -34,6 +34,8 @@ from jaxscale.train.step import make_step
 FLAGS = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
 """Environment variables that change what the compiler does."""
 
+FORMAT = "2"
+"""Of what is kept of a compiled program; what has another one is compiled again."""
 
 ELSEWHERE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "none"}
 """Else the compiler asks Google's cloud which machine this is, and complains at length where there is no answer."""
@@ -53,7 +55,12 @@ class CompiledStep:
     """Bytes on each device: state and batch."""
     outputs: int
     """Of results that take the place of no argument."""
+    aliased: int
+    """Of results that take the place of an argument: what is donated."""
     temporaries: int
+    """What the compiler says of everything between; parts that are not needed at once count more than once."""
+    peak: int
+    """The most that is in use at once, arguments included; 0 = the compiler does not say."""
     code: int
     host: int
     """In the host's memory, for what is offloaded there."""
@@ -64,7 +71,8 @@ class CompiledStep:
     @property
     def device_bytes(self) -> int:
         """Everything that a device must hold at once."""
-        return self.arguments + self.outputs + self.temporaries + self.code
+        used = self.peak or self.arguments + self.outputs + self.temporaries
+        return used + self.code
 
 
 def topology_mesh(config: Config) -> Mesh:
@@ -87,6 +95,8 @@ def compile_step(config: Config, mesh: Mesh) -> CompiledStep:
     """The training step of `config` for `mesh`. Raises AuditError where the model does not go with it, PlanError where
     the compiler refuses the program.
     """
+    # Names of functions in a program's text depend on what was traced before, and the text is the key of what is kept.
+    jax.clear_caches()
     with jax.set_mesh(mesh):
         platform = mesh.devices.flat[0].platform
         config.model.check(config, platform)
@@ -139,7 +149,8 @@ def _compiled(lowered: Any, mesh: Mesh) -> CompiledStep:
         return CompiledStep(text=text, cached=True, **json.loads((folder / "memory.json").read_text()))
     began = time.monotonic()
     try:
-        compiled = lowered.compile()
+        with jax_private.without_compilation_cache():  # it cannot load programs for devices that are not here
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         raise PlanError(f"the compiler refuses this program: {_reason(str(error))}") from error
     seconds = round(time.monotonic() - began, 1)
@@ -147,7 +158,9 @@ def _compiled(lowered: Any, mesh: Mesh) -> CompiledStep:
     figures = {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
+        "peak": memory.peak_memory_in_bytes,
         "code": memory.generated_code_size_in_bytes,
         "host": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
         "seconds": seconds,
@@ -168,7 +181,7 @@ def _key(program: str, mesh: Mesh) -> str:
     device = mesh.devices.flat[0]
     versions = [importlib.metadata.version(name) for name in ("jaxlib", "libtpu")]
     flags = [f"{name}={os.environ.get(name, '')}" for name in FLAGS]
-    parts = [program, device.device_kind, str(dict(mesh.shape)), *versions, *flags]
+    parts = [FORMAT, program, device.device_kind, str(dict(mesh.shape)), *versions, *flags]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 

@@ -12,7 +12,7 @@ from jaxscale.mesh import abstract_mesh_for, mesh_sizes
 from jaxscale.mesh_file import load_chip, load_mesh_file
 from jaxscale.optim.build import make_optimizer
 from jaxscale.plan.compiled import compile_step, topology_mesh
-from jaxscale.plan.program_text import read_program
+from jaxscale.plan.program_text import read_program, total_flops
 from jaxscale.plan.report import Plan, hidden_share, links_of, schedules_of
 from jaxscale.plan.traffic import transfers
 from jaxscale.train.state import abstract_state
@@ -47,6 +47,8 @@ def make_plan(config: Config, compiles: bool) -> Plan:
     if not compiles:
         return plan
     step = compile_step(config, topology_mesh(config))
-    found = transfers(read_program(step.text), sizes)
-    figures = {k: v for k, v in dataclasses.asdict(step).items() if k != "text"} | {"total": step.device_bytes}
+    program = read_program(step.text)
+    found = transfers(program, sizes)
+    figures = {k: v for k, v in dataclasses.asdict(step).items() if k != "text"}
+    figures |= {"total": step.device_bytes, "flops": total_flops(program)}
     return dataclasses.replace(plan, compiled=figures, links=links_of(found), hidden_in_loops=hidden_share(found))

@@ -122,6 +122,25 @@ def flops(program: Program, one: Instruction) -> float:
     return 0.0
 
 
+def total_flops(program: Program) -> float:
+    """Of the matrix products of one run of the program, loops by their trip counts. Kernels do not tell theirs."""
+
+    def of(name: str) -> float:
+        total = 0.0
+        for one in program.computations.get(name, ()):
+            if one.opcode == "while":
+                total += (trip_count(program, one) or 1) * of(one.attribute("body"))
+            elif one.opcode == "call":
+                total += sum(of(called) for called in one.called)
+            elif one.opcode == "conditional":
+                total += max((of(called) for called in one.called), default=0.0)
+            else:
+                total += flops(program, one)
+        return total
+
+    return of(program.entry)
+
+
 def _constant(one: Instruction) -> int | None:
     found = re.match(r"-?\d+", one.operands[0]) if one.operands else None
     return int(found[0]) if found else None

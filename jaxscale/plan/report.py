@@ -48,7 +48,7 @@ class Plan:
     schedule: str = ""
     """The one that the config has, with its chunks."""
     compiled: Mapping[str, Any] | None = None
-    """`arguments`, `outputs`, `temporaries`, `code`, `host`, `total`, `seconds`, `cached`."""
+    """What `CompiledStep` has, `total` bytes of a device, and `flops` of a step's products."""
     links: tuple[Link, ...] = ()
     hidden_in_loops: float | None = None
     """Share of the bytes of collectives in loops that is asynchronous with work to hide behind."""
@@ -110,7 +110,7 @@ def text_of(plan: Plan) -> str:
             figures = f"{one.lockstep:<11.1f}  {one.asynchronous:<16.1f}  {one.bubble:.1%}"
             lines.append(f"    {one.name:<12}  {one.chunks:<6}  {figures}{mark}")
     if plan.compiled is not None:
-        kinds = ("arguments", "temporaries", "outputs", "code", "host")
+        kinds = ("arguments", "temporaries", "outputs", "peak", "code", "host")
         sizes = ", ".join(f"{kind} {human_bytes(plan.compiled[kind])}" for kind in kinds if plan.compiled[kind])
         how = "found compiled" if plan.compiled["cached"] else f"compiled in {plan.compiled['seconds']:.0f} s"
         lines.append(f"  program {how}: {sizes}; {human_bytes(plan.compiled['total'])} in all")
@@ -136,8 +136,61 @@ def text_of(plan: Plan) -> str:
 
 
 def json_of(plan: Plan) -> dict[str, Any]:
-    """The same as plain data."""
-    return {**dataclasses.asdict(plan), "lacking": plan.lacking}
+    """The same as plain data, with the names that other programs read.
+
+    `fits`; `hbm_bytes` of a device: params, optimizer, gradients, activations (what a compiled program uses beside the
+    state; null without one), total, limit (null where the chip is not known); `collectives`; `compiled` (null without);
+    and whatever else the plan says, under the plan's own names.
+    """
+    step, total = plan.compiled, sum(plan.held.values())
+    rest = total - plan.held["gradients"]
+    compiled = None
+    if step is not None:
+        total = step["total"]
+        compiled = {
+            "argument_bytes": step["arguments"],
+            "temp_bytes": step["temporaries"],
+            "output_bytes": step["outputs"] + step["aliased"],
+            "alias_bytes": step["aliased"],
+            "peak_bytes": step["peak"],
+            "code_bytes": step["code"],
+            "host_bytes": step["host"],
+            "flops": step["flops"],
+            "seconds_to_compile": step["seconds"],
+            "cached": step["cached"],
+        }
+    return {
+        "name": plan.name,
+        "mesh": plan.mesh,
+        "parameters": plan.parameters,
+        "fits": plan.lacking <= 0,
+        "lacking_bytes": plan.lacking,
+        "hbm_bytes": {
+            "params": plan.held["parameters"],
+            "optimizer": rest - plan.held["parameters"],
+            "gradients": plan.held["gradients"],
+            "activations": None if step is None else max(0, total - sum(plan.held.values())),
+            "total": total,
+            "limit": plan.capacity or None,
+        },
+        "collectives": [
+            {
+                "kind": link.kind,
+                "axis": " x ".join(link.axes),
+                "bytes": link.nbytes,
+                "count": link.count,
+                "asynchronous": link.asynchronous,
+                "hidden": link.hidden,
+                "in_loop": link.in_loop,
+            }
+            for link in plan.links
+        ],
+        "hidden_in_loops": plan.hidden_in_loops,
+        "compiled": compiled,
+        "schedules": [dataclasses.asdict(one) for one in plan.schedules],
+        "schedule": plan.schedule,
+        "warnings": list(plan.warnings),
+    }
 
 
 def _bytes(found: Any) -> float:

@@ -40,8 +40,9 @@ def test_json_has_the_same(capsys):
     code, said, _ = plan(capsys, LLAMA, "--on", "v6e-16", "--json")
     found = json.loads(said)
     assert code == 0
-    assert found["held"]["parameters"] == pytest.approx(8.03e9 * 4 / 16, rel=0.001)
-    assert found["lacking"] < 0
+    assert found["hbm_bytes"]["params"] == pytest.approx(8.03e9 * 4 / 16, rel=0.001)
+    assert found["fits"] is True
+    assert found["hbm_bytes"]["limit"] == 32 * 2**30
 
 
 def test_schedules_are_compared_where_there_are_stages(capsys):
@@ -93,13 +94,20 @@ class TestCompiler:
         flags = (str(RECIPES / "lm_tiny.py"), "--on", str(file), "--compile", "--json")
         _, said, _ = plan(capsys, *flags)
         first = json.loads(said)
-        assert first["compiled"]["arguments"] > sum(first["held"].values()) - first["held"]["gradients"]
+        held, compiled = first["hbm_bytes"], first["compiled"]
+        assert compiled["argument_bytes"] > held["params"] + held["optimizer"]
+        assert compiled["alias_bytes"] >= held["params"] + held["optimizer"], "the state is donated"
+        assert compiled["argument_bytes"] < compiled["peak_bytes"] <= held["total"]
+        tokens = 8 * 256
+        weights = 4 * (4 * 256 * 256 + 3 * 256 * 1024) + 512 * 256  # of layers and head
+        again = weights - 512 * 256 - 4 * 256 * 1024  # recomputed: neither the head nor what ends a layer
+        assert compiled["flops"] * 8 == pytest.approx(2 * tokens * (3 * weights + again), rel=0.01)
         assert not first["compiled"]["cached"]
         assert 0 < first["hidden_in_loops"] < 1
         _, said, _ = plan(capsys, *flags)
         second = json.loads(said)
         assert second["compiled"]["cached"]
-        assert second["links"] == first["links"]
+        assert second["collectives"] == first["collectives"]
 
     def test_a_topology_that_does_not_exist_is_refused(self, capsys, tmp_path):
         file = tmp_path / "odd.toml"
