@@ -95,8 +95,6 @@ def compile_step(config: Config, mesh: Mesh) -> CompiledStep:
     """The training step of `config` for `mesh`. Raises AuditError where the model does not go with it, PlanError where
     the compiler refuses the program.
     """
-    # Names of functions in a program's text depend on what was traced before, and the text is the key of what is kept.
-    jax.clear_caches()
     with jax.set_mesh(mesh):
         platform = mesh.devices.flat[0].platform
         config.model.check(config, platform)
