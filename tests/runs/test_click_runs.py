@@ -8,15 +8,17 @@ import shutil
 
 import numpy as np
 import pytest
-from small_runs import ROOT, at_section, signal_self
+from small_runs import ROOT, at_section, environment, signal_self
 
 from jaxscale import trainer
 from jaxscale.checkpoint.layout import newest_step
 from jaxscale.commands.train import read
-from jaxscale.config import ConfigError
+from jaxscale.config import ConfigError, MeshConfig
 from jaxscale.data.click_file import open_clicks
 from jaxscale.data.errors import DamagedData, DataError
 from jaxscale.data.make_clicks import make_clicks
+from jaxscale.generate.load import GenerateError, load_run
+from jaxscale.testing.processes import PLACE, run_world
 from jaxscale.track.jsonl import read_metrics
 from jaxscale.train.protocols import ExitReason, World
 
@@ -78,6 +80,21 @@ def test_a_checkpoint_moves_to_another_mesh(whole, log, tmp_path):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
         assert mine.get("eval_auc") == pytest.approx(theirs.get("eval_auc"), abs=2e-3)
         assert mine.get("eval_loss") == pytest.approx(theirs.get("eval_loss"), abs=1e-6)
+
+
+def test_a_world_of_two_processes(whole, log, tmp_path):
+    """Each reads and keeps its own rows; the figures, the AUC's among them, are of both."""
+    words = [RECIPE, *SMALL, "--data.path", str(log), "--run.dir", str(tmp_path / "run"), "--devices", "2"]
+    run_world([*words, "--distributed", PLACE], 2, environment=environment())
+    for mine, theirs in zip(lines(tmp_path / "run"), lines(whole), strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert mine[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def test_nothing_is_generated(whole):
+    with pytest.raises(GenerateError, match=r"trained a DlrmConfig, a model of examples: no text"):
+        load_run(whole, 8, on="", devices=2, mesh=MeshConfig())
 
 
 def test_what_is_written(whole, log):
