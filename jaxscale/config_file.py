@@ -14,7 +14,12 @@ from typing import Any
 
 from jaxscale.config import Config, ConfigError, ModelConfig
 
-MODELS: Mapping[str, str] = types.MappingProxyType({"TransformerConfig": "jaxscale.models.transformer_config"})
+MODELS: Mapping[str, str] = types.MappingProxyType(
+    {
+        "TransformerConfig": "jaxscale.models.transformer_config",
+        "DlrmConfig": "jaxscale.models.dlrm_config",
+    }
+)
 """Class name of a model's config -> the module that has it, imported when it is asked for."""
 
 

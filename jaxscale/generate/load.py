@@ -59,8 +59,10 @@ def load_run(run: Path, step: int, *, on: str, devices: int, mesh: MeshConfig) -
     like for a mesh or a config that cannot work, DataError for the tokenizer, DamagedCheckpoint for the checkpoint.
     """
     folder = step_folder(run / "checkpoints", step)
-    tokenizer = load_tokenizer(run / "tokenizer")
     config = config_from_dict(read_record(folder).config, f"{folder / 'config.json'}")
+    if config.model.unit != "tokens":
+        raise GenerateError(f"{run} trained a {type(config.model).__name__}, a model of {config.model.unit}: no text")
+    tokenizer = load_tokenizer(run / "tokenizer")
     config = replace(config, on=on, devices=devices, mesh=mesh)
     prepare_backend(config)
     made = make_mesh(config)

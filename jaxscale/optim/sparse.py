@@ -90,8 +90,11 @@ def update_rows(
     mine = None if accumulator is None else accumulator.at[distinct_M].get(mode="fill", fill_value=0)
     direction_MD, more = rule.step(total_MD, mine, row_mean)
     change_MD = (-rate * direction_MD).astype(table_RD.dtype)
-    table_RD = _add(table_RD, distinct_M, change_MD)
-    return table_RD, None if accumulator is None or more is None else _add(accumulator, distinct_M, more)
+    if accumulator is not None and more is not None:
+        # The accumulator is read before it is written: told so, the compiler need not copy it.
+        accumulator, change_MD = jax.lax.optimization_barrier((accumulator, change_MD))
+        accumulator = _add(accumulator, distinct_M, more)
+    return _add(table_RD, distinct_M, change_MD), accumulator
 
 
 def _add(table: jax.Array, rows_M: jax.Array, change: jax.Array) -> jax.Array:

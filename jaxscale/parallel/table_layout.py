@@ -49,6 +49,11 @@ def stripe_order() -> np.ndarray:
     return (reversed_low * (STRIPES // 1024) + i // 1024).astype(np.int32)
 
 
+def stripe_rows(stacked: np.ndarray, total: int) -> np.ndarray:
+    """Rows of a row-wise array of `total` rows where these rows of all tables one after the other lie."""
+    return stripe_order()[stacked % STRIPES] * (total // STRIPES) + stacked // STRIPES
+
+
 def deal(costs: Sequence[float], bins: int) -> tuple[tuple[int, ...], ...]:
     """Whole tables to bins: the dearest first, each to the bin with the least so far (Graham 1969: at most 4/3 - 1/3n
     of the best). Equal costs go in order; a bin may stay empty.
@@ -193,4 +198,4 @@ def position(bags: Bags, placement: Placement, bins: int, feature: int, row: int
     if placement == "column":
         return Position(0, stacked)
     total = padded_rows(bags.rows)
-    return Position(0, int(stripe_order()[stacked % STRIPES]) * (total // STRIPES) + stacked // STRIPES)
+    return Position(0, int(stripe_rows(np.array(stacked), total)))

@@ -17,6 +17,7 @@ from jaxscale.plan.report import Plan, hidden_share, links_of, schedules_of
 from jaxscale.plan.traffic import transfers
 from jaxscale.train.state import abstract_state
 from jaxscale.train.summary import bytes_per_device, count_parameters
+from jaxscale.train.tables import weights_of
 
 
 def make_plan(config: Config, compiles: bool) -> Plan:
@@ -33,7 +34,7 @@ def make_plan(config: Config, compiles: bool) -> Plan:
     plan = Plan(
         name=config.name,
         mesh=f"{shown} on {config.on}" if config.on else shown,
-        parameters=count_parameters(state["params"]),
+        parameters=count_parameters(weights_of(state)),
         held=bytes_per_device(state, 4 if config.precision.reduce == "float32" else 2),
         capacity=load_chip(load_mesh_file(config.on).chip).hbm_bytes.value if config.on else 0.0,
         schedules=schedules_of(

@@ -103,25 +103,27 @@ def run(sizes, placements, pooling="sum", rule="rowwise-adagrad", factor=0.0):
         ]
         slots = [None if dims is None else full_slot(g, g.slot_axes(dims)) for g, _ in groups]
         put = jax.device_put(ids, axes.sharding(("act_batch", None)))
-        found, counts, updated = [], [], []
-        for (group, features), array, slot in zip(groups, arrays, slots, strict=True):
-            bags, count = jax.jit(group.look_up)(array, put)
-            mine = jax.device_put(gradient[:, features], axes.sharding(("act_batch", None, None)))
-            updated.append(
-                jax.jit(lambda a, s, i, g, group=group: group.update(sparse, a, s, i, g, jnp.float32(RATE)))(
-                    array, slot, put, mine
-                )
-            )
-            found.append(np.asarray(bags))
-            counts.append({name: float(value) for name, value in count.items()})
+        put_gradient = jax.device_put(gradient, axes.sharding(("act_batch", None, None)))
+
+        @jax.jit
+        def both(arrays, slots, ids, gradient):
+            found, counts, updated = [], [], []
+            for (group, features), array, slot in zip(groups, arrays, slots, strict=True):
+                bags, count = group.look_up(array, ids)
+                mine = jnp.stack([gradient[:, f] for f in features], axis=1)
+                found.append(bags)
+                counts.append(count)
+                updated.append(group.update(sparse, array, slot, ids, mine, jnp.float32(RATE)))
+            return found, counts, updated
+
+        found, counts, updated = jax.device_get(both(arrays, slots, put, put_gradient))
     bags = np.concatenate(found, axis=1)[:, order]
     new = parts(groups, [np.asarray(table) for table, _ in updated], WIDTH)
     new_slots = None if dims is None else parts(groups, [np.asarray(slot) for _, slot in updated], WIDTH)
     return bags, new, new_slots, counts
 
 
-EACH = {"row": ("row",) * 5, "column": ("column",) * 5, "table": ("table",) * 5}
-EACH["mixed"] = ("row", "table", "column", "table", "row")
+MIXED = ("row", "table", "column", "table", "row")
 
 
 def check(got, pooling="sum", rule="rowwise-adagrad"):
@@ -138,7 +140,25 @@ def check(got, pooling="sum", rule="rowwise-adagrad"):
             np.testing.assert_allclose(accumulators[f], slots[f], rtol=2e-6)
 
 
-@pytest.mark.parametrize("placement", EACH)
 @pytest.mark.parametrize("mesh", MESHES)
-def test_lookup_and_update(mesh, placement):
-    check(run(MESHES[mesh], EACH[placement]))
+def test_lookup_and_update(mesh):
+    check(run(MESHES[mesh], MIXED))
+
+
+@pytest.mark.parametrize("rule", ["adagrad", "sgd"])
+def test_means_and_other_rules(rule):
+    check(run(MESHES["tensor"], MIXED, "mean", rule), "mean", rule)
+
+
+@pytest.mark.parametrize("factor", [0.05, 0.5])
+def test_several_rounds_drop_nothing(factor):
+    """Room for one id an owner, or for a few: a round for each, and the same result."""
+    got = run(MESHES["rows"], ("row",) * 5, factor=factor)
+    check(got)
+    ids = draw()[0]
+    (counts,) = got[3]
+    assert counts["table_ids"] == (ids >= 0).sum()
+    # Of each of the 8 devices by itself.
+    own = [{(BAGS.feature_of[h], i) for row in part for h, i in enumerate(row) if i >= 0} for part in np.split(ids, 8)]
+    assert counts["table_unique"] == sum(map(len, own))
+    assert counts["table_rounds"] > 1

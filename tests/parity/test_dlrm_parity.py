@@ -8,7 +8,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dlrm_parity import PLACEMENTS, dlrm_config, dlrm_run, with_rounds
+from dlrm_parity import dlrm_config, dlrm_run, with_rounds
 
 MESHES = {"rows": {"data": 2, "fsdp": 2, "expert": 2}, "tensor": {"data": 2, "fsdp": 2, "tensor": 2}}
 
@@ -23,7 +23,7 @@ def _cache(tmp_path_factory):
 @pytest.fixture(scope="module", name="one")
 def _one():
     """Runs on one device, by placement."""
-    return {placement: dlrm_run(dlrm_config(placement), {}) for placement in PLACEMENTS}
+    return {placement: dlrm_run(dlrm_config(placement), {}) for placement in ("row", "mixed")}
 
 
 def compare(many, one):
@@ -37,7 +37,7 @@ def compare(many, one):
         assert off <= 1e-5 * change + 1e-9, (path, off, change)
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("placement", ["row", "mixed"])
 def test_eight_devices(placement, one):
     compare(dlrm_run(dlrm_config(placement), MESHES["rows"]), one[placement])
     moved = [p for p in one[placement] if p.startswith("end/tables/weights")]
