@@ -90,7 +90,7 @@ def test_compiling_without_the_compiler_says_what_to_install(capsys):
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs the TPU's compiler: pip install 'jaxscale[tpu]'")
 class TestCompiler:
     def test_a_step_is_compiled_once_and_found_again(self, tmp_path, monkeypatch):
-        """In processes of their own: what was traced before names the functions of a program's text, which is hashed."""
+        """In processes of their own: what was traced before names the functions in the text that is hashed."""
         monkeypatch.setenv("JAXSCALE_CACHE", str(tmp_path))
 
         def run():
