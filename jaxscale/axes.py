@@ -31,6 +31,8 @@ RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "head_dim": (),
         "mlp": ("tensor",),
         "norm": (),
+        "experts": ("expert",),
+        "router": (),
         # embedding tables (parallel/table.py)
         "table_rows": BATCH_AXES,
         "table_bins": BATCH_AXES,
@@ -46,6 +48,11 @@ RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "act_kv_heads": ("tensor",),
         "act_mlp": ("tensor",),
         "act_vocab": ("tensor",),
+        "act_experts": ("expert",),
+        "act_slots": ("data", "fsdp", "context"),
+        "act_residual_slots": ("data", "fsdp", "context", "tensor"),
+        "act_rows": ("data", "fsdp", "expert", "context"),
+        "act_residual_rows": ("data", "fsdp", "expert", "context", "tensor"),
     }
 )
 

@@ -17,7 +17,7 @@ import jax
 
 from jaxscale.config import ConfigError, RematConfig
 
-ACTIVATIONS = ("attention", "mlp", "query", "key", "value", "attention_output", "mlp_output")
+ACTIVATIONS = ("attention", "mlp", "query", "key", "value", "attention_output", "mlp_output", "dispatched")
 """Names that models give to activations with `jax.ad_checkpoint.checkpoint_name`."""
 
 

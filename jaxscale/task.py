@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import jax
 
@@ -33,6 +33,8 @@ class Parameter:
     `scale`: standard deviation for `normal`. `matrix_dims`: for weights that act as one matrix, how many trailing dims
     form its (inputs, outputs) sides, e.g. (1, 2) for attention's (width, heads, head_dim); None for everything else.
     `sparse`: an embedding table, updated row by row and not by the optimizer of the dense weights.
+    `sign_step`: above 0, each step moves the parameter by this against the sign of its gradient, whatever the optimizer
+    and its learning rate are; it is float32, and its gradient is no part of any norm.
     """
 
     shape: tuple[int, ...]
@@ -41,6 +43,30 @@ class Parameter:
     scale: float = 0.02
     matrix_dims: tuple[int, int] | None = None
     sparse: bool = False
+    sign_step: float = 0.0
+
+
+PER_LAYER = "layers/"
+"""Prefix of metrics that have a number, or an array, for each layer."""
+
+
+LOAD = PER_LAYER + "load"
+"""Metric of models with experts, (layers, experts): how many times a token goes to each, in the mean."""
+
+
+class LayerSums(NamedTuple):
+    """What layers add to the sums of a batch: to the loss that is differentiated (None = nothing), and metrics.
+
+    metrics: float32 scalars, summed over layers; under names that begin with PER_LAYER arrays (layers, ...), or of one
+    layer (...).
+    """
+
+    loss: jax.Array | None
+    metrics: dict[str, jax.Array]
+
+
+NOTHING = LayerSums(None, {})
+"""Of a layer that adds none."""
 
 
 class Task(Protocol):
@@ -80,6 +106,8 @@ class Task(Protocol):
     def loss(self, params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Weighted *sums* over the batch: the loss to differentiate and a dict of float32 scalars (`loss` among them).
 
+        Metrics whose names begin with PER_LAYER are arrays (layers, ...).
+
         key: of this step, for dropout and the like, to be folded with `batch["row"]`; None = evaluation, no randomness.
         """
         ...
@@ -106,8 +134,10 @@ class LayeredTask(Task, Protocol):
 
     def through(
         self, layers: Params, x_BSD: jax.Array, batch: Batch, key: jax.Array | None, first: jax.Array | int
-    ) -> jax.Array:
-        """The residual stream behind some layers in a row, of which the first is layer `first` of the model."""
+    ) -> tuple[jax.Array, LayerSums]:
+        """The residual stream behind some layers in a row, of which the first is layer `first` of the model, and what
+        these layers add to the sums.
+        """
         ...
 
     def end(self, params: Params, x_BSD: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:

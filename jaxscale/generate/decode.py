@@ -24,7 +24,7 @@ from jaxscale.layers.embed import TABLE, embed
 from jaxscale.layers.norm import rms_norm
 from jaxscale.layers.rope import rope_tables
 from jaxscale.precision import Precision
-from jaxscale.task import Params
+from jaxscale.task import LayerSums, Params
 
 if TYPE_CHECKING:
     from jaxscale.models.transformer_config import TransformerConfig
@@ -55,7 +55,7 @@ class Decoder(Protocol):
         row_B: jax.Array,
         dropout_key: jax.Array | None,
         attend: Attend,
-    ) -> jax.Array: ...
+    ) -> tuple[jax.Array, LayerSums]: ...
 
     def scan_layers[Carry](
         self, stacked: Params, step: Callable[[Carry, Params, jax.Array, int], Carry], carry: Carry
@@ -135,7 +135,7 @@ def _extend(
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         x_BSD, keys, values = carry
         attend = LayerCache(keys, values, layer, start_B, window=window, softcap=model.attention_softcap)
-        x_BSD = task.layer(x_BSD, weights, tables, start_B, None, attend)
+        x_BSD, _ = task.layer(x_BSD, weights, tables, start_B, None, attend)
         return x_BSD, attend.keys_LBGTK, attend.values_LBGTK
 
     x_BSD = embed(task.precision, params["embed"]["table"], tokens_BS)

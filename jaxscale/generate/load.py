@@ -91,8 +91,8 @@ def _with_fitting_rows(config: Config, sizes: dict[str, int]) -> Config:
 
 
 def _in_compute_dtype(config: Config, task: Task) -> Callable[[Params], Params]:
-    """Casts every matrix once, as each layer would at each token; norms are computed in float32 and stay."""
-    stays = {path for path, parameter in task.parameters.items() if "norm" in parameter.axes}
+    """Casts every matrix once, as each layer would at each token; norms and routers work in float32 and stay."""
+    stays = {path for path, parameter in task.parameters.items() if {"norm", "router"} & set(parameter.axes)}
 
     def cast(params: Params) -> Params:
         dtype = jnp.dtype(config.precision.compute)

@@ -24,15 +24,17 @@ from jaxscale.config import PipelineConfig, PrecisionConfig, RematConfig, TrainC
 from jaxscale.layers.attention import Attend, RopeTables, attention_layer, attention_parameters
 from jaxscale.layers.embed import TABLE, embed
 from jaxscale.layers.mlp import mlp, mlp_parameters
+from jaxscale.layers.moe import Tokens, moe, moe_parameters, tokens_of
 from jaxscale.layers.norm import rms_norm
 from jaxscale.layers.rope import rope_tables
+from jaxscale.layers.router import no_sums
 from jaxscale.models.transformer_config import TransformerConfig
 from jaxscale.ops.attention import attention
 from jaxscale.ops.cross_entropy import cross_entropy
 from jaxscale.parallel.layer_layout import layer_layout
 from jaxscale.parallel.microbatches import split
 from jaxscale.parallel.pipeline import forward_loss, stages
-from jaxscale.task import Batch, Parameter, Params
+from jaxscale.task import NOTHING, PER_LAYER, Batch, LayerSums, Parameter, Params
 from jaxscale.tree import flatten, unflatten
 
 
@@ -73,8 +75,11 @@ class TransformerTask:
                 model.width, model.heads, model.key_heads, model.dim_per_head, model.layers, model.qk_norm
             ),
             "mlp_norm": {"scale": Parameter((model.width,), ("norm",), init="ones")},
-            "mlp": mlp_parameters(model.width, model.mlp, model.layers),
         }
+        if model.experts.count:
+            layer |= moe_parameters(model.width, model.expert_hidden, model.layers, model.experts)
+        else:
+            layer["mlp"] = mlp_parameters(model.width, model.mlp, model.layers)
         table: dict[str, Any] = {
             "embed": {"table": Parameter((model.vocabulary, model.width), TABLE, scale=model.width**-0.5)},
             "layers": {
@@ -101,7 +106,7 @@ class TransformerTask:
             values = jax.random.normal(key, parameter.shape, jnp.float32, out_sharding=spec) * parameter.scale
         else:
             values = jnp.full(parameter.shape, float(parameter.init == "ones"), jnp.float32, out_sharding=spec)
-        return values.astype(self.precision.weights)
+        return values if parameter.sign_step else values.astype(self.precision.weights)
 
     def loss(self, params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Weighted sums over the tokens: the differentiated loss (cross-entropy and z-loss) and metrics.
@@ -110,8 +115,9 @@ class TransformerTask:
         """
         if stages() > 1:
             return forward_loss(self, params, split(batch, self.train.microbatches), key)
-        x_BSD = self.through(params["layers"], self.begin(params, batch), batch, key)
-        return self.end(params, x_BSD, batch)
+        x_BSD, added = self.through(params["layers"], self.begin(params, batch), batch, key)
+        total, metrics = self.end(params, x_BSD, batch)
+        return total if added.loss is None else total + added.loss, metrics | added.metrics
 
     def begin(self, params: Params, batch: Batch) -> jax.Array:
         """The embedded tokens, (B, S, D) in the compute dtype."""
@@ -143,12 +149,12 @@ class TransformerTask:
 
     def hidden(self, params: Params, batch: Batch, key: jax.Array | None) -> jax.Array:
         """The residual stream after the last norm, (B, S, D) in the compute dtype. No key: no dropout."""
-        return self.normed(params, self.through(params["layers"], self.begin(params, batch), batch, key))
+        return self.normed(params, self.through(params["layers"], self.begin(params, batch), batch, key)[0])
 
     def through(
         self, layers: Params, x_BSD: jax.Array, batch: Batch, key: jax.Array | None, first: jax.Array | int = 0
-    ) -> jax.Array:
-        """The residual stream behind `layers`, which are layers `first` and following of the model."""
+    ) -> tuple[jax.Array, LayerSums]:
+        """The residual stream behind `layers`, which are layers `first` and following of the model, and their sums."""
         model = self.model
         dropout_key = key if model.dropout else None
         segment_ids_BS = jax.reshard(batch["segment_ids"], axes.spec("act_batch", "act_attended_sequence"))
@@ -162,13 +168,21 @@ class TransformerTask:
                 implementation=model.attention,
             )
 
-        def step(x_BSD: jax.Array, weights: Params, index: jax.Array, window: int) -> jax.Array:
-            layer = remat.apply(self.remat_config, partial(self.layer, attend=attend(window)))
+        def step(
+            carry: tuple[jax.Array, LayerSums], weights: Params, index: jax.Array, window: int
+        ) -> tuple[jax.Array, LayerSums]:
+            x_BSD, sums = carry
+            layer = remat.apply(self.remat_config, partial(self.layer, attend=attend(window), tokens=tokens))
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, first + index)
-            return layer(x_BSD, weights, tables, batch["row"], key)
+            x_BSD, own = layer(x_BSD, weights, tables, batch["row"], key)
+            return x_BSD, _add_layer(sums, own, index)
 
         tables = rope_tables(batch["positions"], model.dim_per_head, model.rope)
-        return self.scan_layers(layers, step, x_BSD)
+        tokens, none = None, NOTHING
+        if model.experts.count:
+            tokens = tokens_of(batch["segment_ids"], batch["loss_weight"])
+            none = no_sums(model.experts, jax.tree.leaves(layers)[0].shape[0])
+        return self.scan_layers(layers, step, (x_BSD, none))
 
     def scan_layers[Carry](
         self, stacked: Params, step: Callable[[Carry, Params, jax.Array, int], Carry], carry: Carry
@@ -212,8 +226,12 @@ class TransformerTask:
         row_B: jax.Array,
         dropout_key: jax.Array | None,
         attend: Attend,
-    ) -> jax.Array:
-        """One block: x + attention(norm(x)), then x + mlp(norm(x)). row_B is read where there is a dropout key."""
+        tokens: Tokens | None = None,
+    ) -> tuple[jax.Array, LayerSums]:
+        """One block: x + attention(norm(x)), then x + mlp(norm(x)) or x + moe(norm(x)), and what it adds to the sums.
+
+        row_B is read where there is a dropout key; tokens by experts, None in generation.
+        """
         model = self.model
 
         def drop(update_BSD: jax.Array, branch: int) -> jax.Array:
@@ -227,7 +245,11 @@ class TransformerTask:
         )
         x_BSD = x_BSD + drop(mixed_BSD, 0)
         normed_BSD = rms_norm(x_BSD, weights["mlp_norm"]["scale"], model.norm_epsilon)
-        return x_BSD + drop(mlp(normed_BSD, weights["mlp"], self.precision), 1)
+        if "mlp" in weights:
+            update_BSD, sums = mlp(normed_BSD, weights["mlp"], self.precision), NOTHING
+        else:
+            update_BSD, sums = moe(normed_BSD, weights, model.experts, self.precision, tokens, model.layers)
+        return x_BSD + drop(update_BSD, 1), sums
 
     def flops_per_token(self, sequence: int) -> float:
         """6 FLOPs per matmul weight and token, plus causal attention: 12 H K FLOPs per attended position and layer.
@@ -235,13 +257,29 @@ class TransformerTask:
         A matmul of N weights costs 2N forward and 4N backward per token; scores and mixing cost 2 * 2 H K forward per
         attended position. A token attends to (S + 1) / 2 positions on average, fewer under a window. The embedding
         lookup costs nothing, recomputation is not counted (Chowdhery et al. 2022, "PaLM", appendix B, made causal).
+        Of experts those that a token goes to count.
         """
         model = self.model
-        weights = sum(_size(p.shape) for path, p in self.parameters.items() if len(p.shape) > 1 and "norm" not in path)
+        weights = sum(
+            _size(p.shape)
+            // (model.experts.count if "experts" in p.axes else 1)
+            * (model.experts.top_k if "experts" in p.axes else 1)
+            for path, p in self.parameters.items()
+            if len(p.shape) > 1 and "norm" not in path and not p.sign_step
+        )
         lookup_only = 0 if model.tied else model.vocabulary * model.width
         windows = model.window or (0,)
         attended = sum(_mean_attended(sequence, window) for window in windows) / len(windows) * model.layers
         return 6.0 * (weights - lookup_only) + 12.0 * model.heads * model.dim_per_head * attended
+
+
+def _add_layer(sums: LayerSums, own: LayerSums, index: jax.Array) -> LayerSums:
+    """The sums with those of layer `index` of the scanned ones."""
+    metrics = {
+        name: value.at[index].set(own.metrics[name]) if name.startswith(PER_LAYER) else value + own.metrics[name]
+        for name, value in sums.metrics.items()
+    }
+    return LayerSums(None if sums.loss is None or own.loss is None else sums.loss + own.loss, metrics)
 
 
 def _stack(parameter: Parameter, layers: int) -> Parameter:

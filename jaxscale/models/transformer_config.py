@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from jaxscale.config import Config, ConfigError, ModelConfig
+from jaxscale.models.experts_config import ExpertsConfig
 from jaxscale.models.rope_config import RopeConfig
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class TransformerConfig(ModelConfig):
     """Size of a head; 0 = width / heads."""
     mlp: int = 1024
     """Hidden units of the MLP."""
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     tied: bool = False
     """The head is the embedding table."""
     qk_norm: bool = False
@@ -76,6 +78,10 @@ class TransformerConfig(ModelConfig):
     @property
     def key_heads(self) -> int:
         return self.kv_heads or self.heads
+
+    @property
+    def expert_hidden(self) -> int:
+        return self.experts.hidden or self.mlp
 
     @property
     def dim_per_head(self) -> int:

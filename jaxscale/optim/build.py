@@ -17,7 +17,7 @@ from jaxscale import tree
 from jaxscale.config import OptimConfig
 from jaxscale.optim import groups
 from jaxscale.optim.muon import Muon
-from jaxscale.optim.rules import Adafactor, Adam, Momentum, Rule, Slots
+from jaxscale.optim.rules import Adafactor, Adam, Momentum, Rule, Sign, Slots
 from jaxscale.optim.schedules import make_schedule
 from jaxscale.task import Parameter, Params
 
@@ -68,7 +68,7 @@ def make_optimizer(optim: OptimConfig, parameters: Mapping[str, Parameter], step
             direction, new_slots[path] = rules[path].direction(gradients[path].astype(jnp.float32), slots[path], step)
             if optim.weight_decay and groups.decays(parameter):
                 direction = direction + optim.weight_decay * weights[path].astype(jnp.float32)
-            updates[path] = -_peak(optim, parameter) * rate_share * direction
+            updates[path] = -(parameter.sign_step or _peak(optim, parameter) * rate_share) * direction
         return tree.unflatten(updates), _nested(new_slots)
 
     return Optimizer(init, update, lambda step: optim.learning_rate * share(step), share)
@@ -80,6 +80,8 @@ def apply_updates(params: Params, updates: dict[str, Any]) -> Params:
 
 
 def _rule(optim: OptimConfig, parameter: Parameter) -> Rule:
+    if parameter.sign_step:
+        return Sign()
     if optim.name == "sgd":
         return Momentum(optim.momentum)
     if optim.name == "adafactor":

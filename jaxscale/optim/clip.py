@@ -21,11 +21,13 @@ def sum_of_squares(
 ) -> dict[str, jax.Array]:
     """Path -> sum of squares, accumulated in float32: a scalar, replicated.
 
-    With the task's `parameters`, a stacked parameter gives one number per layer instead, shape (layers,).
+    With the task's `parameters`, a stacked parameter gives one number per layer instead, shape (layers,), and those
+    with a `sign_step`, whose gradients have another unit, are left out.
     """
     return {
         path: _squares(leaf, 1 if parameters is not None and parameters[path].axes[:1] == ("layers",) else 0)
         for path, leaf in tree.flatten(values).items()
+        if parameters is None or not parameters[path].sign_step
     }
 
 

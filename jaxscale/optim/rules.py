@@ -52,6 +52,19 @@ class Adam:
 
 
 @dataclass(frozen=True)
+class Sign:
+    """The sign of the gradient, without state: for what is steered by a step of its own (`Parameter.sign_step`)."""
+
+    def init(self, weights: jax.Array) -> Slots:
+        del weights
+        return {}
+
+    def direction(self, gradient: jax.Array, slots: Slots, step: jax.Array) -> tuple[jax.Array, Slots]:
+        del slots, step
+        return jnp.sign(gradient), {}
+
+
+@dataclass(frozen=True)
 class Momentum:
     """SGD with heavy-ball momentum (Sutskever et al. 2013); momentum 0 is plain SGD and has no state."""
 

@@ -24,7 +24,7 @@ from jaxscale.parallel.costs import make_table
 from jaxscale.parallel.rows import Row, rows
 from jaxscale.parallel.schedules import Kind, Table, forward_only
 from jaxscale.parallel.turns import Turns
-from jaxscale.task import Batch, LayeredTask, Params
+from jaxscale.task import PER_LAYER, Batch, LayeredTask, Params
 
 STAGE = "stage"
 LAYERS = "layers"
@@ -136,9 +136,28 @@ class _Stage:
             lambda: _take(kept, slot),
         )
 
-    def through(self, weights: Params, x_BSD: jax.Array, own: jax.Array, part: Batch) -> jax.Array:
-        """A chunk's layers."""
-        return self.task.through(weights, x_BSD, part, self.key, self.chunk_of(own) * self.count)
+    def through(
+        self, weights: Params, x_BSD: jax.Array, own: jax.Array, part: Batch
+    ) -> tuple[tuple[jax.Array, jax.Array | None], Sums]:
+        """A chunk's layers: what they give, what they add to the loss, and to metrics, (layers of the model, ...)."""
+        first = self.chunk_of(own) * self.count
+        y_BSD, added = self.task.through(weights, x_BSD, part, self.key, first)
+        return (y_BSD, added.loss), {name: self._placed(name, value, first) for name, value in added.metrics.items()}
+
+    def _placed(self, name: str, value: jax.Array, first: jax.Array) -> jax.Array:
+        """Metrics of a chunk's layers among those of all layers, in the model's order."""
+        if not name.startswith(PER_LAYER):
+            return value
+        every = jnp.zeros((self.count * self.table.depth, *value.shape[1:]), value.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(every, value, first, 0)
+
+    def no_sums(self) -> tuple[jax.Array, Sums]:
+        """Zeros of what all layers and the end give: the loss and the metrics."""
+        own, part = jnp.int32(0), self.part(0)
+        (_, added), of_layers = jax.eval_shape(lambda: self.through(self.weights(own), self.none, own, part))
+        loss, of_end = jax.eval_shape(lambda: self.task.end(self.shared, self.none, part))
+        del added  # a part of the loss
+        return jax.tree.map(lambda value: jnp.zeros(value.shape, value.dtype), (loss, {**of_layers, **of_end}))
 
     def is_last(self, own: jax.Array) -> jax.Array:
         return self.chunk_of(own) == self.table.depth - 1
@@ -167,18 +186,19 @@ def _train(stage: _Stage, weight: jax.Array) -> tuple[Sums, Params, Params]:
         total, sums = task.end(shared, y_BSD, part)
         return total / weight, sums
 
-    sums_shape = jax.eval_shape(lambda: task.end(shared, stage.none, stage.part(0))[1])
-    no_sums = {name: jnp.zeros(value.shape, value.dtype) for name, value in sums_shape.items()}
-
     def forward(turns: Turns, carry: _Carry, row: Row) -> jax.Array:
         own, part = row.forward, stage.part(row.forward_microbatch)
         x_BSD = stage.input(turns, own, part, carry.inputs, row.forward_input)
         # The last chunk's output is computed with its gradient, and nobody wants it before.
         return turns.take(
             (own >= 0) & ~stage.is_last(own),
-            lambda: stage.through(stage.weights(own), x_BSD, own, part),
+            lambda: stage.through(stage.weights(own), x_BSD, own, part)[0][0],
             lambda: stage.none,
         )
+
+    def pulled(y: tuple[jax.Array, jax.Array | None], dy_BSD: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """The gradients of what a chunk gives: its output's, and that of what it adds to the loss."""
+        return dy_BSD, None if y[1] is None else 1 / weight
 
     def backward(turns: Turns, carry: _Carry, row: Row, kind: Kind) -> tuple[jax.Array, _Carry]:
         active, split = row.backward_kind == kind, kind is Kind.BACKWARD_INPUT
@@ -189,11 +209,12 @@ def _train(stage: _Stage, weight: jax.Array) -> tuple[Sums, Params, Params]:
         def pull(dy: Callable[[jax.Array], tuple[jax.Array, Params, Sums]]) -> _Pulled:
             weights = stage.weights(own)
             if split:
-                y_BSD, of = jax.vjp(lambda x: stage.through(weights, x, own, part), x_BSD)
+                y, of, own_sums = jax.vjp(lambda x: stage.through(weights, x, own, part), x_BSD, has_aux=True)
             else:
-                y_BSD, of = jax.vjp(lambda w, x: stage.through(w, x, own, part), weights, x_BSD)
-            dy_BSD, of_shared, sums = dy(y_BSD)
-            *of_weights, dx_BSD = of(dy_BSD)
+                y, of, own_sums = jax.vjp(lambda w, x: stage.through(w, x, own, part), weights, x_BSD, has_aux=True)
+            dy_BSD, of_shared, sums = dy(y[0])
+            sums = _add_named(sums, own_sums)
+            *of_weights, dx_BSD = of(pulled(y, dy_BSD))
             of_layers = stage.add(carry.layers, own, of_weights[0]) if of_weights else carry.layers
             return dx_BSD, dy_BSD, of_layers, of_shared, sums
 
@@ -202,7 +223,7 @@ def _train(stage: _Stage, weight: jax.Array) -> tuple[Sums, Params, Params]:
 
         def of_loss(y_BSD: jax.Array) -> tuple[jax.Array, Params, Sums]:
             (of_shared, of_output), sums = jax.grad(end, argnums=(0, 1), has_aux=True)(shared, y_BSD, part)
-            return of_output, _add(carry.shared, of_shared), _add(carry.sums, sums)
+            return of_output, _add(carry.shared, of_shared), _add_named(carry.sums, sums)
 
         idle = (stage.none, stage.none, carry.layers, carry.shared, carry.sums)
         which = jnp.where(active, jnp.where(stage.is_last(own), 2, 1), 0)
@@ -225,8 +246,9 @@ def _train(stage: _Stage, weight: jax.Array) -> tuple[Sums, Params, Params]:
         x_BSD = stage.input(turns, own, part, carry.inputs, row.weight_input)
 
         def work() -> Params:
-            _, of = jax.vjp(lambda w: stage.through(w, x_BSD, own, part), stage.weights(own))
-            return stage.add(carry.layers, own, of(_take(carry.gradients, row.weight_gradient))[0])
+            y, of, _ = jax.vjp(lambda w: stage.through(w, x_BSD, own, part), stage.weights(own), has_aux=True)
+            dy_BSD = _take(carry.gradients, row.weight_gradient)
+            return stage.add(carry.layers, own, of(pulled(y, dy_BSD))[0])
 
         return turns.take(own >= 0, work, lambda: carry.layers)
 
@@ -253,7 +275,7 @@ def _train(stage: _Stage, weight: jax.Array) -> tuple[Sums, Params, Params]:
         sent_back=stage.none,
         layers=_zeros(stage.layers),
         shared=_zeros(shared),
-        sums=no_sums,
+        sums=stage.no_sums()[1],
     )
     carry, _ = jax.lax.scan(tick, begin, jax.tree.map(jnp.asarray, rows(table)))
     return jax.lax.psum(carry.sums, STAGE), carry.layers, jax.lax.psum(carry.shared, STAGE)
@@ -262,9 +284,12 @@ def _train(stage: _Stage, weight: jax.Array) -> tuple[Sums, Params, Params]:
 def _evaluate(stage: _Stage, weight: jax.Array) -> tuple[tuple[jax.Array, Sums], Params, Params]:
     del weight  # sums are asked for
     task, table, shared = stage.task, stage.table, stage.shared
-    shapes = jax.eval_shape(lambda: task.end(shared, stage.none, stage.part(0)))
-    nothing = jax.tree.map(lambda value: jnp.zeros(value.shape, value.dtype), shapes)
-    Carry = tuple[jax.Array, jax.Array, Any]
+    Sum = tuple[jax.Array, Sums]
+    Carry = tuple[jax.Array, jax.Array, Sum]
+
+    def added(sums: Sum, more: tuple[jax.Array | None, Sums]) -> Sum:
+        total = sums[0] if more[0] is None else sums[0] + more[0]
+        return total, _add_named(sums[1], more[1])
 
     def tick(carry: Carry, columns: Row) -> tuple[Carry, None]:
         inputs, sent, sums = carry
@@ -273,19 +298,29 @@ def _evaluate(stage: _Stage, weight: jax.Array) -> tuple[tuple[jax.Array, Sums],
         inputs = _put(inputs, row.input_comes, sent)
         part = stage.part(row.forward_microbatch)
         x_BSD = stage.input(turns, own, part, inputs, row.forward_input)
-        y_BSD = turns.take(own >= 0, lambda: stage.through(stage.weights(own), x_BSD, own, part), lambda: stage.none)
+
+        def through() -> tuple[jax.Array, Sum]:
+            (y_BSD, loss), metrics = stage.through(stage.weights(own), x_BSD, own, part)
+            return y_BSD, added(sums, (loss, metrics))
+
+        y_BSD, sums = turns.take(own >= 0, through, lambda: (stage.none, sums))
         sums = turns.take(
-            (own >= 0) & stage.is_last(own), lambda: _add(sums, task.end(shared, y_BSD, part)), lambda: sums
+            (own >= 0) & stage.is_last(own), lambda: added(sums, task.end(shared, y_BSD, part)), lambda: sums
         )
         return (inputs, _to_next(turns.last(y_BSD), 1), sums), None
 
-    begin = (_slots(stage.none, input_slots(table).count + 1), stage.none, nothing)
+    begin = (_slots(stage.none, input_slots(table).count + 1), stage.none, stage.no_sums())
     (_, _, sums), _ = jax.lax.scan(tick, begin, jax.tree.map(jnp.asarray, rows(table)))
     return jax.lax.psum(sums, STAGE), {}, {}
 
 
 def _add(total: Any, more: Any) -> Any:
     return jax.tree.map(lambda t, m: t + m.astype(t.dtype), total, more)
+
+
+def _add_named(sums: Sums, more: Sums) -> Sums:
+    """Sums, some of which grow."""
+    return {**sums, **{name: sums[name] + value for name, value in more.items()}}
 
 
 def _zeros(params: Params) -> Params:

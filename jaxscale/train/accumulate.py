@@ -33,8 +33,9 @@ def loss_and_gradients(
     noise: bool,
     bags: Mapping[str, jax.Array] = NO_BAGS,
 ) -> tuple[Sums, Params]:
-    """Mean metrics over the batch's tokens (float32 scalars, `loss` among them) and the gradients of the mean loss.
+    """Mean metrics over the batch's tokens and the gradients of the mean loss.
 
+    Metrics are float32 scalars, `loss` among them, and arrays (layers, ...) under names that say so (`task.PER_LAYER`).
     batch: arrays (rows, ...), rows sharded over (data, fsdp, expert); row r is in microbatch r mod `microbatches`.
     With `noise`, the metrics also hold `part_square`, the mean squared gradient norm of single microbatches, and
     `parts`, how many there are: those that have no weight (padding, say) have no gradient and do not count. `bags`:
@@ -64,13 +65,14 @@ def loss_and_gradients(
         if noise:  # of the part's own mean gradient, hence the ratio of weights
             mine = part["loss_weight"].sum()
             ratio = jnp.where(mine > 0, weight / jnp.where(mine > 0, mine, 1), 0)
-            metrics |= {"part_square": ratio**2 * _square(gradients), "parts": (mine > 0).astype(jnp.float32)}
+            metrics |= {"part_square": ratio**2 * _square(gradients, task), "parts": (mine > 0).astype(jnp.float32)}
         return jax.tree.map(jnp.add, total, (metrics, gradients)), of_bags
 
     both = split(batch, microbatches), split(bags, microbatches)
     first, first_bags = ({name: value[0] for name, value in parts.items()} for parts in both)
     metric_shapes = jax.eval_shape(lambda: part_loss((params, first_bags), first)[1])
-    zeros = {name: jnp.float32(0) for name in [*metric_shapes, *(["part_square", "parts"] if noise else [])]}
+    zeros = {name: jnp.zeros(value.shape, jnp.float32) for name, value in metric_shapes.items()}
+    zeros |= {name: jnp.float32(0) for name in (("part_square", "parts") if noise else ())}
     # In float32 whatever the weights are: added up in bfloat16, the later of many parts would be rounded away.
     none = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
     (metrics, gradients), of_bags = jax.lax.scan(add_part, (zeros, none), both)
@@ -83,5 +85,6 @@ def _with_tables(gradients: Params, of_bags: Batch) -> Params:
     return {**gradients, TABLES: dict(of_bags)} if of_bags else gradients
 
 
-def _square(gradients: Params) -> jax.Array:
-    return jnp.sum(jnp.stack([jnp.sum(s) for s in jax.tree.leaves(sum_of_squares(gradients))]))
+def _square(gradients: Params, task: Task) -> jax.Array:
+    squares = sum_of_squares(gradients, task.parameters)
+    return jnp.sum(jnp.stack([jnp.sum(s) for s in squares.values()]))

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxscale.task import Batch, Params, Task
+from jaxscale.task import PER_LAYER, Batch, Params, Task
 
 Evaluate = Callable[[Params, Batch], dict[str, jax.Array]]
 
@@ -22,7 +22,8 @@ def make_evaluate(task: Task) -> Evaluate:
 
     def evaluate(params: Params, batch: Batch) -> dict[str, jax.Array]:
         _, sums = task.loss(params, batch, None)
-        return {**sums, "tokens": batch["loss_weight"].sum()}
+        scalars = {name: value for name, value in sums.items() if not name.startswith(PER_LAYER)}
+        return {**scalars, "tokens": batch["loss_weight"].sum()}
 
     return jax.jit(evaluate)
 

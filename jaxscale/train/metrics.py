@@ -25,6 +25,7 @@ RESERVED = frozenset(
         *("step", "epoch", "row", "rows", "loss", "grad_norm", "learning_rate", "tokens", "examples", "step_seconds"),
         *("pause_seconds", "time"),
         *("skipped", "spike", "noise_scale", "noise_trace", "signal", "part_square", "parts"),
+        *("imbalance",),
         *("evaluation_unfinished", NONFINITE),
     ]
 )

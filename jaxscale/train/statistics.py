@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jaxscale.config import Config
 from jaxscale.optim.clip import norm_of, sum_of_squares
 from jaxscale.optim.scaling import noise_scale
-from jaxscale.task import Params, Task
+from jaxscale.task import LOAD, PER_LAYER, Params, Task
 from jaxscale.tree import flatten, unflatten
 
-LAYERS = "layers/"
-"""Prefix of metrics that hold one number per layer; written every `run.layer_stats_every` steps."""
+LAYERS = PER_LAYER
+"""Prefix of metrics that hold one number per layer, or more; written every `run.layer_stats_every` steps."""
 
 
 def extra_metrics(
@@ -32,6 +32,7 @@ def extra_metrics(
 
     noise_scale: tokens in the batch around which larger ones stop paying; average noise_trace and signal over steps for
     a steadier figure (`optim/scaling.py`). squares: sums of squared gradients by path, (layers,) for stacked weights.
+    imbalance: with experts, the largest load of a layer's experts to their mean, in the mean over layers.
     Layer statistics: norms of gradient, weight and update by parameter and layer.
     """
     extra: dict[str, jax.Array] = {}
@@ -42,6 +43,9 @@ def extra_metrics(
         tokens = metrics["tokens"] / parts
         extra |= {"signal": estimate["signal"]}
         extra |= {name: estimate[name] * tokens for name in ("noise_trace", "noise_scale")}
+    if LOAD in metrics:
+        load = metrics[LOAD]
+        extra["imbalance"] = jnp.mean(jnp.max(load, axis=1) / jnp.mean(load, axis=1))
     if config.run.layer_stats_every:
         change = jax.tree.map(lambda a, b: b.astype(jnp.float32) - a.astype(jnp.float32), old, new)
         kinds: dict[str, Any] = {

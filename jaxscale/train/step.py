@@ -30,7 +30,7 @@ Step = Callable[[State, Batch, jax.Array], tuple[State, Metrics]]
 def train_step(
     state: State, batch: Batch, step: jax.Array, *, config: Config, task: Task, optimizer: Optimizer
 ) -> tuple[State, Metrics]:
-    """One update. Returns the new state and float32 metrics (scalars; `layers/...` are (layers,)), all replicated.
+    """One update. Returns the new state and float32 metrics (scalars; `layers/...` are (layers, ...)), all replicated.
 
     state: see `state.py`; batch: arrays (rows, sequence) split over (data, fsdp, expert); step: int32, updates before
     this one. A loss or gradient that is not finite, or a spike, leaves weights and optimizer as they are and counts.

@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxscale.config import Config, MeshConfig, PrecisionConfig, RematConfig
 from jaxscale.mesh import make_mesh
+from jaxscale.models.experts_config import ExpertsConfig
 from jaxscale.models.rope_config import RopeConfig
 from jaxscale.models.transformer_config import TransformerConfig
 
@@ -18,6 +19,7 @@ MODELS = {
     "window": TransformerConfig(**SMALL, window=(3, 0)),
     "softcap": TransformerConfig(**SMALL, logit_softcap=2.0, attention_softcap=0.5),
     "qk_norm_tied": TransformerConfig(**SMALL, qk_norm=True, tied=True),
+    "experts": TransformerConfig(**SMALL, experts=ExpertsConfig(count=8, shared=1, bias_step=1e-3, capacity=8.0)),
     "all": TransformerConfig(
         **{**SMALL, "heads": 8}, kv_heads=4, head_dim=8, window=(5, 0), logit_softcap=3.0, attention_softcap=1.0,
         qk_norm=True, tied=True, dropout=0.5,
@@ -81,6 +83,9 @@ def full_logits(task, params, tokens):
         name: jax.device_put(value, jax.NamedSharding(jax.sharding.get_mesh(), spec)) for name, value in batch.items()
     }
     batch["row"] = jnp.arange(rows, dtype=jnp.uint32)
+    batch["loss_weight"] = jax.device_put(
+        np.ones(tokens.shape, np.float32), jax.NamedSharding(jax.sharding.get_mesh(), spec)
+    )
     hidden = np.asarray(jax.jit(lambda p, b: task.hidden(p, b, None))(params, batch), np.float64)
     head = np.asarray(task.head(params), np.float64)
     logits = hidden @ (head.T if task.model.tied else head)

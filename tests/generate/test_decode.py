@@ -51,6 +51,11 @@ def test_logits_equal_the_full_forward_pass_on_every_mesh(name):
         check(MODELS["all"])
 
 
+def test_logits_of_experts_on_a_mesh():
+    with jax.set_mesh(mesh_of({"expert": 4, "tensor": 2})):
+        check(MODELS["experts"], steps=3)
+
+
 @pytest.mark.parametrize("name", ["one", "mixed"])
 def test_a_long_prompt_is_read_in_chunks(name, monkeypatch):
     monkeypatch.setattr(decode_module, "CHUNK", 5)
