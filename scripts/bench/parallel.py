@@ -4,10 +4,12 @@
     python scripts/bench/parallel.py                          schedules and steps
     python scripts/bench/parallel.py --rows parity            every combination of axes and schedules: long, resumable
     python scripts/bench/parallel.py --rows parity --part 1/4 a quarter of them
+    python scripts/bench/parallel.py --rows parity --recipe moe_parity        the same of a model with experts
 
     schedules   bubble and live activations of each schedule beside the closed form, and its cost in lockstep
     parity      `lm_parity` in float32: gradients of step 1 and losses of 5 steps beside one device; a combination that
-                is in the results file (of this commit) is not run again
+                is in the results file (of this commit) is not run again. `moe_parity` is compared at the same number
+                of microbatches, since its balance loss is one of microbatches
     steps       seconds of a step with 4 stages and 8 microbatches beside the same devices without stages, rounds
                 alternated, medians
 
@@ -88,10 +90,10 @@ def combinations() -> list[tuple[dict[str, int], str]]:
     return found
 
 
-def config_of(sizes: dict[str, int], schedule: str):
+def config_of(sizes: dict[str, int], schedule: str, recipe: str = "lm_parity"):
     chunks = CHUNKS.get(schedule, 1) if sizes["stage"] > 1 else 1
     schedule = schedule if sizes["stage"] > 1 else "1f1b"
-    config = PARITY.parity_config("sgd", microbatches=MICROBATCHES)
+    config = PARITY.parity_config("sgd", microbatches=MICROBATCHES, recipe=recipe)
     return dataclasses.replace(config, pipeline=PipelineConfig(schedule, chunks))
 
 
@@ -110,14 +112,17 @@ def parity(options: argparse.Namespace) -> bool:
             continue
         name = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
         name += f", {schedule}" if sizes["stage"] > 1 else ""
-        config = config_of(sizes, schedule)
+        name = name if options.recipe == "lm_parity" else f"{options.recipe}: {name}"
+        config = config_of(sizes, schedule, options.recipe)
         try:
             audit(config.model.task(config).parameters, sizes, config)
         except AuditError:
             refused += 1
             continue
         if name not in done:
-            reference = reference or PARITY.parity_run(PARITY.parity_config("sgd"), {})
+            parts = MICROBATCHES if config.model.experts.count else 1
+            plain = PARITY.parity_config("sgd", microbatches=parts, recipe=options.recipe)
+            reference = reference or PARITY.parity_run(plain, {})
             began = time.monotonic()
             found = PARITY.parity_run(config, sizes)
             done[name] = {
@@ -193,6 +198,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=["schedules", "steps"], choices=["schedules", "parity", "steps"])
     parser.add_argument("--results", type=Path, default=ROOT / "runs/bench/parity.jsonl", help="a line per combination")
+    parser.add_argument("--recipe", default="lm_parity", choices=["lm_parity", "moe_parity"], help="of parity")
     parser.add_argument("--part", default="1/1", help="K/N: every N-th combination, beginning with the K-th")
     parser.add_argument("--rounds", type=int, default=20, help="of steps")
     options = parser.parse_args()

@@ -19,15 +19,15 @@ def abstract_batch(config, mesh):
     return source.abstract_batch(config.model.layout(config.data.sequence), rows, mesh)
 
 
-def lower_gradients(config, mesh):
-    """Forward and backward; call inside `jax.set_mesh`."""
+def lower_gradients(config, mesh, platforms=None):
+    """Forward and backward; call inside `jax.set_mesh`, or `use_abstract_mesh` with the platforms to lower for."""
     task = config.model.task(config)
     params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
 
     def gradients(params, batch):
         return loss_and_gradients(task, params, batch, jax.random.key(0), config.train.microbatches, False)
 
-    return jax.jit(gradients).lower(params, abstract_batch(config, mesh))
+    return jax.jit(gradients).trace(params, abstract_batch(config, mesh)).lower(lowering_platforms=platforms)
 
 
 def trace_step(config, mesh):

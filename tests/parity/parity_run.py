@@ -1,4 +1,4 @@
-"""Five steps of `lm_parity` or of a variant of it on some mesh: what the parity tests compare.
+"""Five steps of `lm_parity`, of another recipe or of a variant of it on some mesh: what the parity tests compare.
 
 Also run as one process of a world:
 
@@ -43,9 +43,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def parity_config(
-    optimizer: str = "adamw", microbatches: int = 1, remat: str = "none", variant: str = "lm_parity"
+    optimizer: str = "adamw",
+    microbatches: int = 1,
+    remat: str = "none",
+    variant: str = "lm_parity",
+    recipe: str = "lm_parity",
 ) -> Config:
-    config = load_recipe(ROOT / "recipes" / "lm_parity.py").config
+    config = load_recipe(ROOT / "recipes" / f"{recipe}.py").config
     rate = 1e-3 if optimizer == "adamw" else 0.1
     return dataclasses.replace(
         config,
