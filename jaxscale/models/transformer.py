@@ -260,17 +260,15 @@ class TransformerTask:
         Of experts those that a token goes to count.
         """
         model = self.model
-        weights = sum(
-            _size(p.shape)
-            // (model.experts.count if "experts" in p.axes else 1)
-            * (model.experts.top_k if "experts" in p.axes else 1)
+        used = [
+            _size(p.shape) * model.experts.top_k // model.experts.count if "experts" in p.axes else _size(p.shape)
             for path, p in self.parameters.items()
             if len(p.shape) > 1 and "norm" not in path and not p.sign_step
-        )
+        ]
         lookup_only = 0 if model.tied else model.vocabulary * model.width
         windows = model.window or (0,)
         attended = sum(_mean_attended(sequence, window) for window in windows) / len(windows) * model.layers
-        return 6.0 * (weights - lookup_only) + 12.0 * model.heads * model.dim_per_head * attended
+        return 6.0 * (sum(used) - lookup_only) + 12.0 * model.heads * model.dim_per_head * attended
 
 
 def _add_layer(sums: LayerSums, own: LayerSums, index: jax.Array) -> LayerSums:
