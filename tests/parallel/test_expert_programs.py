@@ -55,7 +55,7 @@ def test_tokens_move_and_experts_stay():
     assert moved == {("all-gather", ("fsdp",)), ("reduce-scatter", ("fsdp",))}
 
 
-@pytest.mark.parametrize("sizes", [{"expert": 8}, {"expert": 4, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [{"expert": 8}, pytest.param({"expert": 4, "tensor": 2}, marks=pytest.mark.slow)])
 def test_a_tpu_gets_ragged_operations(sizes):
     model = dataclasses.replace(CONFIG.model, attention="xla")
     mesh = MeshConfig(**sizes)
@@ -92,7 +92,9 @@ def test_flops_count_the_experts_that_a_token_uses():
     assert shared.task(CONFIG).flops_per_token(64) == flops + 6 * 4 * 3 * 64 * 96
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor", "sgd"])
+@pytest.mark.parametrize(
+    "optimizer", ["muon", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "adafactor", "sgd"))]
+)
 def test_every_optimizer_trains_experts_and_none_the_bias(optimizer):
     """The bias moves by its own step against the load, whatever the optimizer, its rate and clipping are."""
     config = dataclasses.replace(small(), optim=OptimConfig(name=optimizer, learning_rate=0.01, clip=1e-3))
