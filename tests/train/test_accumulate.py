@@ -8,6 +8,7 @@ import pytest
 from jaxscale import axes
 from jaxscale.mesh import mesh_sizes
 from jaxscale.parallel.microbatches import split
+from jaxscale.task import Parameter
 from jaxscale.testing.hlo import collectives
 from jaxscale.train.accumulate import loss_and_gradients
 
@@ -17,7 +18,7 @@ class Line:
 
     @property
     def parameters(self):
-        return {"w": None}
+        return {"w": Parameter((), ())}
 
     def loss(self, params, batch, key):  # noqa: ARG002 -- the signature of a task
         total = jnp.sum(batch["loss_weight"] * params["w"].astype(jnp.float32))
@@ -60,7 +61,7 @@ class Company:
 
     @property
     def parameters(self):
-        return {"w": None}
+        return {"w": Parameter((), ())}
 
     def loss(self, params, batch, key):  # noqa: ARG002 -- the signature of a task
         total = params["w"] * batch["loss_weight"].sum()
