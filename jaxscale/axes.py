@@ -74,13 +74,18 @@ def mesh_axes(name: str | None) -> tuple[str, ...]:
 
 
 def spec(*names: str | None) -> P:
-    """PartitionSpec of a tensor whose dims carry these logical axes: spec("embed", "mlp") -> P("fsdp", "tensor")."""
-    return P(*(_entry(mesh_axes(name)) for name in names))
+    """PartitionSpec of a tensor whose dims carry these logical axes: spec("embed", "mlp") -> P("fsdp", "tensor").
+
+    Without the axes that a surrounding `jax.shard_map` has made manual: there a tensor is one part of the whole.
+    """
+    gone = manual()
+    return P(*(_entry(tuple(a for a in mesh_axes(name) if a not in gone)) for name in names))
 
 
 def gathered_spec(names: Sequence[str | None]) -> P:
     """The same for a weight at the moment of its use: without the axes it is only stored over."""
-    return P(*(_entry(tuple(a for a in mesh_axes(name) if a not in GATHERED)) for name in names))
+    gone = GATHERED | manual()
+    return P(*(_entry(tuple(a for a in mesh_axes(name) if a not in gone)) for name in names))
 
 
 def sharding(names: Sequence[str | None], mesh: Mesh | AbstractMesh | None = None) -> NamedSharding:
@@ -99,6 +104,12 @@ def automatic() -> set[str]:
     """Axes of the current mesh that no surrounding `jax.shard_map` has made manual: what an inner one can be over."""
     mesh = jax.sharding.get_abstract_mesh()
     return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
+
+
+def manual() -> frozenset[str]:
+    """Axes of the current mesh that a surrounding `jax.shard_map` has made manual."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return frozenset(mesh.axis_names) - automatic()
 
 
 def batch_shards(sizes: Mapping[str, int]) -> int:

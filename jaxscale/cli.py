@@ -29,6 +29,7 @@ commands:
   chaos RECIPE.py [--seed S]       strike a supervised run with faults, compare it with an undisturbed one
   coordinator, agent               its pieces one by one, for clusters
   plan RECIPE.py --on MESH         what a run would need and do on machines that are not here
+  bench collectives --on MESH      latency and bandwidth of each mesh axis, measured here
   status RUN [--watch] [--json]    how a run stands: world, step, faults, checkpoints
   generate RUN --prompt TEXT       continue a text with a trained run
 
@@ -175,6 +176,12 @@ def _plan(arguments: Sequence[str], prog: str | None) -> int:
     return run_plan(arguments, prog)
 
 
+def _bench(arguments: Sequence[str], prog: str | None) -> int:
+    from jaxscale.commands.bench import run_bench
+
+    return run_bench(arguments, prog)
+
+
 def _chaos(arguments: Sequence[str], prog: str | None) -> int:
     from jaxscale.commands.chaos import run_chaos_command
 
@@ -187,6 +194,7 @@ COMMANDS: dict[str, Command] = {
     "generate": _generate,
     "launch": _launch,
     "plan": _plan,
+    "bench": _bench,
     "chaos": _chaos,
     "coordinator": _coordinator,
     "agent": _agent,

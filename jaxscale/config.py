@@ -12,23 +12,19 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxscale.config_error import ConfigError as ConfigError
+from jaxscale.config_error import require as _require
+
 # What a whole config can be turned into is found here too.
 from jaxscale.config_tree import PLACEMENT, config_hash, diff, flatten, not_finite, to_dict, to_text  # noqa: F401 - passed on
 from jaxscale.model_config import ModelConfig
+from jaxscale.parallel.across_config import AcrossConfig
+from jaxscale.parallel.local_config import LocalConfig
 
 EARLY = "early"
 """`run.profile` of some early steps, wherever a start begins."""
 EMULATED_DEVICES = 4096
 """At most; each costs the process memory and threads."""
-
-
-class ConfigError(ValueError):
-    """A setting that cannot work. The message says what, why, and how to fix it."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
 
 
 @dataclass(frozen=True)
@@ -349,6 +345,8 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     remat: RematConfig = field(default_factory=RematConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    across: AcrossConfig = field(default_factory=AcrossConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

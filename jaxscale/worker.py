@@ -23,6 +23,7 @@ from jaxscale.environment import environment
 from jaxscale.mesh import describe, make_mesh, mesh_sizes
 from jaxscale.optim.build import Optimizer, make_optimizer
 from jaxscale.optim.schedules import describe as describe_schedule
+from jaxscale.parallel.gradient_exchange import check_slices
 from jaxscale.recipe import EvaluationContext, Hooks
 from jaxscale.task import Batch, Params, Task
 from jaxscale.train import profile
@@ -68,6 +69,13 @@ def run_worker(config: Config, world: World, restore: Restore, sinks: Sinks, hoo
 
         sinks = storing(task.stored_layout, sinks)
         restored = restoring(task.stored_layout, restore)(abstract)
+        check_slices(
+            config,
+            mesh_sizes(mesh)["data"],
+            len(task.parameters),
+            fresh=restored is None,
+            tables=task.tables is not None,
+        )
         state, record, notes = _state_and_record(config, task, optimizer, corpora, here, abstract, restored)
         record = replace(record, epoch=world.epoch)
         notes += filter(None, [profile.note(config.run.profile, record.step, config.steps)])

@@ -1,7 +1,8 @@
 """From the chosen shards to a state on this process's devices, whatever mesh wrote them and whatever mesh there is now.
 
 Each source shard is fetched once at most, by a few threads; what turns out damaged comes from its next location. Moves
-bytes only: nothing is computed on a device, so nothing is compiled. Read next: `restore.py`, the durable tier's way.
+bytes only: nothing is computed on a device, so nothing is compiled (but where slices left or joined: `by_slice.py`).
+Read next: `restore.py`, the durable tier's way.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from jax.sharding import AbstractMesh, NamedSharding, Sharding
 
 from jaxscale import tree
 from jaxscale.checkpoint.boxes import Box, box_of, intersect, lengths, text, uncovered, within
+from jaxscale.checkpoint.by_slice import as_stored, dealt
 from jaxscale.checkpoint.cover import Choice, Location, Source
 from jaxscale.checkpoint.durable import describe
 from jaxscale.checkpoint.restore import StateMismatch, differences
@@ -53,9 +55,10 @@ def assemble(
     current one. Only what this process's devices need is fetched. Raises StateMismatch (lists what differs) before
     anything is fetched, and NoGoodCopy after every location of every shard was tried.
     """
-    leaves = tree.flatten(abstract)
     saved = {path: (info.shape, info.dtype) for path, info in choice.arrays.items()}
-    if lines := differences(saved, describe(abstract)):
+    stored = as_stored(abstract, saved)
+    leaves = tree.flatten(stored)
+    if lines := differences(saved, describe(stored)):
         raise StateMismatch(
             f"the memory snapshot of step {choice.step} holds other arrays than this run:\n  {_first(lines)}\n"
             "use the model and optimizer settings it was written with, or start another run"
@@ -75,7 +78,7 @@ def assemble(
     for path, leaf in leaves.items():
         parts = [next(placed) for _ in targets[path].devices]
         state[path] = jax.make_array_from_single_device_arrays(leaf.shape, shardings[path], parts, dtype=leaf.dtype)
-    return tree.unflatten(jax.block_until_ready(state))
+    return dealt(tree.unflatten(jax.block_until_ready(state)), abstract)
 
 
 def concrete(sharding: Sharding | None, path: str) -> Sharding:

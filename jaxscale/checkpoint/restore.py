@@ -18,6 +18,7 @@ from jaxscale import config as config_library
 from jaxscale import environment as environment_library
 from jaxscale import tree
 from jaxscale.checkpoint import agree, layout
+from jaxscale.checkpoint.by_slice import as_stored, dealt
 from jaxscale.checkpoint.durable import describe, load_orbax
 from jaxscale.checkpoint.layout import DamagedCheckpoint, list_steps, newest_step
 from jaxscale.checkpoint.patience import STORAGE_SECONDS, UNBROKEN, Patience, may_pass
@@ -53,9 +54,15 @@ def restore(
 
 
 def _restore(path: Path, abstract_state: Mapping[str, Any]) -> tuple[dict[str, Any], Record]:
-    _raise_together(lambda: _compare(path, layout.check_files(path).arrays, describe(abstract_state), whole=True))
+    def check() -> dict[str, Any]:
+        arrays = layout.check_files(path).arrays
+        stored = as_stored(abstract_state, arrays)
+        _compare(path, arrays, describe(stored), whole=True)
+        return stored
+
+    stored = _raise_together(check)
     record = _raise_together(lambda: layout.read_record(path))
-    return _load(path, abstract_state, partial=False), record
+    return dealt(_load(path, stored, partial=False), abstract_state), record
 
 
 def restore_newest(

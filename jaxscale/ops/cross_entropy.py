@@ -40,6 +40,7 @@ class _Options:
     tied: bool
     sequence_sharded: bool  # hidden: over tensor too
     most_members: int
+    token_axes: tuple[str, ...]  # those of TOKEN_AXES that no surrounding region has made manual
 
 
 def cross_entropy(
@@ -88,7 +89,10 @@ def cross_entropy(
         raise ValueError(f"chunk ({chunk}), z_loss ({z_loss}) and softcap ({softcap}) are 0 (off) or more")
     positions = (*jax.typeof(hidden_BSD).sharding.spec, None, None)[1]
     sequence_sharded = "tensor" in (positions if isinstance(positions, tuple) else (positions,))
-    options = _Options(z_loss, softcap, chunk, compute_dtype, reduce_dtype, tied, sequence_sharded, most_members)
+    token_axes = tuple(axis for axis in TOKEN_AXES if axis in axes.automatic())
+    options = _Options(
+        z_loss, softcap, chunk, compute_dtype, reduce_dtype, tied, sequence_sharded, most_members, token_axes
+    )
     hidden_BSD = jax.reshard(hidden_BSD, _hidden_spec(options))
     head_DV = jax.reshard(head_DV, axes.spec(*_head_axes(options)))
     tokens = axes.spec("act_batch", "act_sequence")
@@ -208,7 +212,7 @@ def _local(
     chunks = (split(hidden_BSD.astype(options.compute_dtype)), of_group(targets), of_group(weights), weights)
     sums, outputs = jax.lax.scan(step, start, chunks)
 
-    loss, z_loss, weight = _sum_over(sums[0], *TOKEN_AXES)
+    loss, z_loss, weight = _sum_over(sums[0], *options.token_axes)
     result = loss + z_loss, {"loss": loss, "z_loss": z_loss, "weight": weight}
     if not differentiate:
         return result, ()
@@ -219,7 +223,7 @@ def _local(
         hidden_gradient = _sum_over(hidden_gradient, "tensor")
     # Scattered over fsdp first: the sum over the other axes then moves only the shard that this device keeps.
     head_gradient = _to_width(groups, vocabulary_dim, sums[1].astype(options.reduce_dtype))
-    head_gradient = _sum_over(head_gradient, *(axis for axis in TOKEN_AXES if axis != AXIS))
+    head_gradient = _sum_over(head_gradient, *(axis for axis in options.token_axes if axis != AXIS))
     return result, (hidden_gradient, head_gradient.astype(stored_head.dtype), join(outputs[0]))
 
 

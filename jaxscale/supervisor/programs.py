@@ -108,7 +108,8 @@ def program_identity(config: Config, processes: int, devices: Sequence[jax.Devic
     Every rank runs the same program (one program, many data), so that what one compiled another one can load.
     """
     plain = to_dict(config)
-    kept = {key: plain[key] for key in ("model", "optim", "train", "precision", "remat", "mesh", "data", "phases")}
+    names = ("model", "optim", "train", "precision", "remat", "pipeline", "across", "local", "mesh", "data", "phases")
+    kept = {key: plain[key] for key in names}
     return {
         "config": kept,
         "steps": config.steps,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxscale.optim.clip import sum_of_squares
 from jaxscale.parallel import pipeline
 from jaxscale.parallel.microbatches import join, split
+from jaxscale.parallel.slices import total
 from jaxscale.task import Batch, LayeredTask, Params, Task
 from jaxscale.train.hooks import step_metrics_of
 from jaxscale.train.tables import TABLES, with_bags
@@ -37,17 +38,19 @@ def loss_and_gradients(
 
     Metrics are float32 scalars, `loss` among them, and arrays (layers, ...) under names that say so (`task.PER_LAYER`).
     batch: arrays (rows, ...), rows sharded over (data, fsdp, expert); row r is in microbatch r mod `microbatches`.
+    Where a surrounding region is manual over `data` (`parallel/slices.py`), the batch is one slice's, the metrics are
+    still those of all slices, and the gradients are this slice's share: they add up over the slices.
     With `noise`, the metrics also hold `part_square`, the mean squared gradient norm of single microbatches, and
     `parts`, how many there are: those that have no weight (padding, say) have no gradient and do not count. `bags`:
     what was looked up in tables for the batch; its gradient, (rows, ...) too, comes under `tables`, if there are any.
     """
-    weight = batch["loss_weight"].sum()
+    weight = total(batch["loss_weight"].sum())
     if pipeline.stages() > 1:
         layered = cast("LayeredTask", task)  # the audit refuses stages for a task without layers
         parts = split(batch, microbatches)
         metrics, gradients = pipeline.loss_and_gradients(layered, params, parts, key, weight)
         own = {name: value / weight for name, value in step_metrics_of(task, params, parts, metrics).items()}
-        return {**metrics, **own, "tokens": weight}, gradients
+        return {**total({**metrics, **own}), "tokens": weight}, gradients
 
     def part_loss(both: tuple[Params, Batch], part: Batch) -> tuple[jax.Array, Sums]:
         params, looked_up = both
@@ -57,7 +60,7 @@ def loss_and_gradients(
     grad = jax.grad(part_loss, has_aux=True)
     if microbatches == 1:
         (gradients, of_bags), metrics = grad((params, dict(bags)), batch)
-        return {**metrics, "tokens": weight}, _with_tables(gradients, of_bags)
+        return {**total(metrics), "tokens": weight}, _with_tables(gradients, of_bags)
 
     def add_part(total: tuple[Any, Params], both: tuple[Batch, Batch]) -> tuple[tuple[Any, Params], Batch]:
         part, looked_up = both
@@ -78,7 +81,7 @@ def loss_and_gradients(
     (metrics, gradients), of_bags = jax.lax.scan(add_part, (zeros, none), both)
     if noise:
         metrics["part_square"] /= metrics["parts"]
-    return {**metrics, "tokens": weight}, _with_tables(gradients, join(of_bags))
+    return {**total(metrics), "tokens": weight}, _with_tables(gradients, join(of_bags))
 
 
 def _with_tables(gradients: Params, of_bags: Batch) -> Params:

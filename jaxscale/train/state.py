@@ -4,6 +4,8 @@
     ema/...       moving average (if kept)      key        random root, uint32 key data
     skipped       int32, updates not applied    window     float32, last finite losses (guard)
     tables/...    embedding tables (of a task that has them) and their accumulators
+    across/...    unsent gradients of each slice (where gradients are compressed)
+    local/...     weights and optimizer slots of each slice (where slices train on their own)
 
 Read next: `train/step.py`.
 """
@@ -24,6 +26,8 @@ from jaxscale.axes import abstract_mesh
 from jaxscale.config import Config
 from jaxscale.optim.build import Optimizer, make_optimizer
 from jaxscale.optim.ema import init_ema
+from jaxscale.parallel.gradient_exchange import init_across
+from jaxscale.parallel.local_sgd import init_local
 from jaxscale.task import Params, Task
 from jaxscale.train.guard import empty_window
 from jaxscale.train.tables import init_tables
@@ -41,9 +45,10 @@ def init_state(config: Config, task: Task, optimizer: Optimizer, params: Params 
     params, tables = init_tables(task, params)
     return {
         "params": params,
-        "opt": optimizer.init(params),
+        **(init_local(config, optimizer, params) if config.local.every else {"opt": optimizer.init(params)}),
         **({"ema": init_ema(params)} if config.optim.ema else {}),
         **tables,
+        **init_across(config.across, task, jax.random.fold_in(root, 2)),
         "key": jax.random.key_data(jax.random.fold_in(root, 1)),
         "skipped": jnp.int32(0),
         "window": empty_window(config.train.spike_window),

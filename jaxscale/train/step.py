@@ -1,7 +1,8 @@
 """The training step: a pure function of state and batch, the file everybody reads.
 
 It knows no mesh, no host and no model. What a config turns on or off is decided in `make_step`, before tracing.
-Read next: `train/accumulate.py` (gradients), `optim/build.py` (updates), `train/loop.py` (who calls this).
+Read next: `train/accumulate.py` and `parallel/gradient_exchange.py` (gradients), `optim/build.py` (updates),
+`train/loop.py` (who calls this).
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from jaxscale.config import Config
 from jaxscale.optim.build import Optimizer, apply_updates
 from jaxscale.optim.clip import clip_by_global_norm, norm_of, sum_of_squares
 from jaxscale.optim.ema import update_ema
+from jaxscale.parallel.gradient_exchange import reduced_gradients
+from jaxscale.parallel.local_sgd import local_step
 from jaxscale.task import Batch, Task
 from jaxscale.train import guard
-from jaxscale.train.accumulate import loss_and_gradients
 from jaxscale.train.state import State
 from jaxscale.train.statistics import extra_metrics
 from jaxscale.train.tables import TABLES, look_up_tables, update_tables
@@ -37,9 +39,7 @@ def train_step(
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), step)
     bags, counts = look_up_tables(task, state, batch)
-    metrics, gradients = loss_and_gradients(
-        task, state["params"], batch, key, config.train.microbatches, config.train.noise_scale, bags
-    )
+    metrics, gradients, across = reduced_gradients(config, task, state, batch, key, step, bags)
     squares = sum_of_squares(gradients, task.parameters)
     norm, score = norm_of(squares), guard.spike_score(state["window"], metrics["loss"])
     accepted = guard.accepts(state["window"], metrics["loss"], norm, score, config.train.skip_spikes_above)
@@ -48,7 +48,7 @@ def train_step(
     tables = update_tables(task, state, batch, clipped.pop(TABLES, {}), accepted, optimizer.share(step))
     updates, opt = optimizer.update(clipped, state["opt"], state["params"], step)
     params = apply_updates(state["params"], updates)
-    new = {"params": params, "opt": opt}
+    new = {"params": params, "opt": opt, **across}
     if "ema" in state:
         new["ema"] = update_ema(state["ema"], params, config.optim.ema)
 
@@ -62,4 +62,5 @@ def train_step(
 
 def make_step(config: Config, task: Task, optimizer: Optimizer) -> Step:
     """The jitted step. The state is donated: its buffers are reused for the new one."""
-    return jax.jit(partial(train_step, config=config, task=task, optimizer=optimizer), donate_argnums=0)
+    step = local_step if config.local.every else train_step
+    return jax.jit(partial(step, config=config, task=task, optimizer=optimizer), donate_argnums=0)

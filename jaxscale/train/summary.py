@@ -12,7 +12,14 @@ from typing import Any
 
 import jax
 
-KINDS = {"params": "parameters", "opt": "optimizer", "ema": "moving average", "tables": "tables"}
+KINDS = {
+    "params": "parameters",
+    "opt": "optimizer",
+    "ema": "moving average",
+    "tables": "tables",
+    "across": "unsent gradients",
+    "local": "slice's own",
+}
 """State entries whose memory a person wants to know, and what they are called."""
 
 
