@@ -102,6 +102,7 @@ assert not heavy, heavy
         ("lm_8b", 8_030_261_248, 8_030_261_248),  # as Llama 3.1 has them
         ("lm_70b", 70_553_706_496, 70_553_706_496),
         ("moe_8x7b", 46_702_792_704, 46_702_792_704),  # as Mixtral 8x7B has them
+        ("lm_128k", 8_030_261_248, 8_030_261_248),
     ],
 )
 def test_parameters(name, low, high):
