@@ -3,8 +3,8 @@
     python recipes/moe_parity.py --devices 8 --mesh.expert 4
 
 The sister of `lm_parity`, with 8 experts of which a token goes to 2, a shared one, both ways to balance loads, and the
-router's z-loss. The losses of any two meshes agree within 1e-6 where the number of microbatches is the same (the
-balance loss is one of microbatches).
+router's z-loss. `scripts/bench/parallel.py --rows parity --recipe moe_parity` compares all meshes and schedules, at the
+same number of microbatches (the balance loss is one of microbatches).
 """
 
 from jaxscale.config import Config, DataConfig, OptimConfig, PrecisionConfig, RematConfig
