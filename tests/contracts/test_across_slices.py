@@ -60,7 +60,7 @@ def of_gradients(kind, microbatches=1):
         state = abstract_state(config, task, optimizer)
         key = jax.eval_shape(lambda: jax.random.key(0))
         program = jax.jit(partial(reduced_gradients, config, task)).lower(
-            state, abstract_batch(config, here), key, jnp.int32(0)
+            state, abstract_batch(config, here), key, jnp.int32(0), {}
         )
         return crossing(program.compile())
 
