@@ -124,6 +124,7 @@ def _backward(precision: Precision, residuals: _Residuals, dy_RD: jax.Array) -> 
     x_RD, expert_R, stored, gate_RF, up_RF = residuals
     rows, hidden = axes.spec(*ROWS), axes.spec(*WHOLE_ROWS, "act_mlp")
     summed = {axis for entry in axes.spec(*WHOLE_ROWS) for axis in names(entry)} - set(axes.mesh_axes("experts"))
+    whole, kept = _specs(axes.gathered_spec), _specs(lambda weight: axes.spec(*weight))
 
     def body(
         x_rD: jax.Array, expert_r: jax.Array, weights: Weights, gate_rF: jax.Array, up_rF: jax.Array, dy_rD: jax.Array
@@ -135,13 +136,15 @@ def _backward(precision: Precision, residuals: _Residuals, dy_RD: jax.Array) -> 
         dx_rD = groups.product(dgate_rF, weights["gate"].swapaxes(1, 2))
         dx_rD += groups.product(dup_rF, weights["up"].swapaxes(1, 2))
         pairs = {"gate": (x_rD, dgate_rF), "up": (x_rD, dup_rF), "down": (hidden_rF, dy_rD)}
-        gradients = {name: _to_store(groups.outer(*pair), name, summed) for name, pair in pairs.items()}
+        gradients = {
+            name: _to_store(groups.outer(*pair), whole[name], kept[name], summed) for name, pair in pairs.items()
+        }
         return _scatter_rows(groups.unsort(dx_rD)), gradients
 
     region = jax.shard_map(
         body,
-        in_specs=(rows, rows, _specs(axes.gathered_spec), hidden, hidden, rows),
-        out_specs=(rows, _specs(lambda weight: axes.spec(*weight))),
+        in_specs=(rows, rows, whole, hidden, hidden, rows),
+        out_specs=(rows, kept),
         axis_names=axes.automatic(),
         check_vma=False,
     )
@@ -256,7 +259,6 @@ def _gathered(precision: Precision, weights: Weights) -> dict[str, jax.Array]:
     }
 
 
-def _to_store(gradient: jax.Array, name: str, summed: set[str]) -> jax.Array:
-    """The sum over the devices that have rows of the same experts, sharded as the weight is stored."""
-    weight = {"gate": IN, "up": IN, "down": OUT}[name]
-    return reduce_scatter(gradient, [names(entry) for entry in axes.gathered_spec(weight)], summed, axes.spec(*weight))
+def _to_store(gradient: jax.Array, whole: jax.P, kept: jax.P, summed: set[str]) -> jax.Array:
+    """The sum over the devices that have rows of the same experts: a weight at its use -> as it is stored."""
+    return reduce_scatter(gradient, [names(entry) for entry in whole], summed, kept)
