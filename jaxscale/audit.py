@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from jaxscale import axes
 from jaxscale.config import Config, ConfigError
+from jaxscale.parallel import context
 from jaxscale.parallel.schedules import ScheduleError, check_sizes
 from jaxscale.task import Parameter
 
@@ -57,6 +58,7 @@ def audit(parameters: Mapping[str, Parameter], sizes: Mapping[str, int], config:
         *_indivisible(parameters, sizes),
         *_used_twice(parameters, sizes),
         *_sequences(config, sizes),
+        *_context(parameters, sizes, config),
         *_idle_axes(parameters, sizes, config),
         *_pipeline(parameters, sizes, config),
         *_replicated(parameters, sizes),
@@ -118,6 +120,27 @@ def _sequences(config: Config, sizes: Mapping[str, int]) -> Iterator[str]:
             below = sequence // shards * shards
             options = [size for size in (below, below + shards) if size]
             yield f"{_called(mesh_axes, sizes)} the sequence ({sequence}, {where}); use {_choices(options)} tokens"
+
+
+def _context(parameters: Mapping[str, Parameter], sizes: Mapping[str, int], config: Config) -> Iterator[str]:
+    """Attention that cannot be divided over `context` in the way that the model says. A model without attention over
+    its sequence says nothing.
+    """
+    form = getattr(config.model, "context", None)
+    heads, kv_heads = (
+        {size for p in parameters.values() for dim, size in zip(p.axes, p.shape, strict=True) if dim == name}
+        for name in ("heads", "kv_heads")
+    )
+    if form is None or sizes["context"] == 1 or len(heads) != 1 or len(kv_heads) != 1:
+        return
+    (own,), (own_keys,) = heads, kv_heads
+    if own % sizes["tensor"] or own_keys % sizes["tensor"]:
+        return  # found above
+    for where, sequence in _each_phase(config, "sequence"):
+        try:
+            context.choose(form, sizes, length=sequence, heads=own, kv_heads=own_keys)
+        except context.UnsupportedContext as error:
+            yield f"{error} ({where})"
 
 
 def _idle_axes(parameters: Mapping[str, Parameter], sizes: Mapping[str, int], config: Config) -> Iterator[str]:

@@ -9,6 +9,7 @@ import zlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxscale import axes
 
@@ -18,15 +19,19 @@ def named_key(key: jax.Array, name: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
-def dropout(x_BSD: jax.Array, rate: float, key: jax.Array, row_B: jax.Array) -> jax.Array:
+def dropout(
+    x_BSD: jax.Array, rate: float, key: jax.Array, row_B: jax.Array, order: np.ndarray | None = None
+) -> jax.Array:
     """Zeroes a share `rate` of `x_BSD` (batch, sequence, width) and scales the rest, with a key for each global row.
 
-    The mask of a row does not depend on the device, the microbatch or the batch that the row is in.
+    The mask of a row does not depend on the device, the microbatch or the batch that the row is in; nor on the order
+    that its positions lie in: `order` says which position is where (None: the row's own).
     """
     residual = axes.spec("act_batch", "act_residual_sequence", "act_embed")
 
     def row_mask(row: jax.Array) -> jax.Array:
         return jax.random.bernoulli(jax.random.fold_in(key, row), 1.0 - rate, x_BSD.shape[1:])
 
-    keep = jax.reshard(jax.vmap(row_mask)(row_B), residual)
+    keep = jax.vmap(row_mask)(row_B)
+    keep = jax.reshard(keep if order is None else keep[:, order], residual)
     return jnp.where(keep, x_BSD / (1.0 - rate), 0).astype(x_BSD.dtype)

@@ -100,6 +100,10 @@ class LayeredTask(Task, Protocol):
         """How stages take turns."""
         ...
 
+    def arrange(self, batch: Batch) -> Batch:
+        """The batch as the layers want it; called once for all of it, or for all its microbatches (M, B, ...)."""
+        ...
+
     def begin(self, params: Params, batch: Batch) -> jax.Array:
         """What goes into the first layer: the residual stream (B, S, D)."""
         ...

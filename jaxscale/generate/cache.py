@@ -69,7 +69,7 @@ class LayerCache:
         self._local = partial(_write_and_attend, window=window, softcap=softcap)
 
     def __call__(self, q_BSHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array) -> jax.Array:
-        """q, k, v: (B, S, heads, K) sharded over rows and heads; returns (B, S, H, K), sharded as q."""
+        """q, k, v: (B, S, heads, K) of any sharding; returns (B, S, H, K), sharded over rows and heads."""
         cache, rows = axes.spec(*CACHE), axes.spec("act_batch")
         q_spec = axes.spec("act_batch", "act_attended_sequence", "act_heads", None)
         k_spec = axes.spec("act_batch", "act_attended_sequence", "act_kv_heads", None)
@@ -78,8 +78,9 @@ class LayerCache:
             in_specs=(cache, cache, P(), rows, q_spec, k_spec, k_spec),
             out_specs=(q_spec, cache, cache),
         )
+        new = (jax.reshard(x, spec) for x, spec in ((q_BSHK, q_spec), (k_BSGK, k_spec), (v_BSGK, k_spec)))
         out_BSHK, self.keys_LBGTK, self.values_LBGTK = mapped(
-            self.keys_LBGTK, self.values_LBGTK, self._layer, self._start_B, q_BSHK, k_BSGK, v_BSGK
+            self.keys_LBGTK, self.values_LBGTK, self._layer, self._start_B, *new
         )
         return out_BSHK
 

@@ -8,7 +8,6 @@ Read next: `layers/mlp.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -21,7 +20,7 @@ from jaxscale.precision import Precision
 from jaxscale.task import Parameter
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""(q_BSHK, k_BSGK, v_BSGK) -> out_BSHK"""
+"""(q_BSHK, k_BSGK, v_BSGK) -> out_BSHK, positions split over `context`; what gathers them is inside."""
 
 RopeTables = tuple[jax.Array, jax.Array]
 """Cosines and sines of `rope.rope_tables`, computed once for all layers."""
@@ -52,7 +51,6 @@ def attention_layer(
     precision: Precision,
 ) -> jax.Array:
     """Attention of x over itself. x and the result are sharded as the residual stream; heads over `tensor`."""
-    rows = partial(axes.spec, "act_batch", "act_attended_sequence")  # attention needs whole rows
     query_spec = axes.spec("act_batch", "act_sequence", "act_heads", None)
     key_spec = axes.spec("act_batch", "act_sequence", "act_kv_heads", None)
     query = column("BSD,DHK->BSHK", ("embed", "heads", "head_dim"), y=query_spec)
@@ -66,11 +64,6 @@ def attention_layer(
     q_BSHK = checkpoint_name(rotate(q_BSHK, tables), "query")
     k_BSGK = checkpoint_name(rotate(k_BSGK, tables), "key")
     v_BSGK = checkpoint_name(v_BSGK, "value")
-    mixed_BSHK = attend(
-        jax.reshard(q_BSHK, rows("act_heads", None)),
-        jax.reshard(k_BSGK, rows("act_kv_heads", None)),
-        jax.reshard(v_BSGK, rows("act_kv_heads", None)),
-    )
-    mixed_BSHK = checkpoint_name(jax.reshard(mixed_BSHK, query_spec), "attention")
+    mixed_BSHK = checkpoint_name(jax.reshard(attend(q_BSHK, k_BSGK, v_BSGK), query_spec), "attention")
     (y_BSD,) = project((out,), precision, mixed_BSHK, (weights["o"],))
     return checkpoint_name(y_BSD, "attention_output")

@@ -29,6 +29,7 @@ from jaxscale.layers.rope import rope_tables
 from jaxscale.models.transformer_config import TransformerConfig
 from jaxscale.ops.attention import attention
 from jaxscale.ops.cross_entropy import cross_entropy
+from jaxscale.parallel import context
 from jaxscale.parallel.layer_layout import layer_layout
 from jaxscale.parallel.microbatches import split
 from jaxscale.parallel.pipeline import forward_loss, stages
@@ -108,10 +109,21 @@ class TransformerTask:
 
         batch: tokens, targets, segment_ids, positions int32 and loss_weight float32, all (B, S); row (B,).
         """
+        batch = self.arrange(batch)
         if stages() > 1:
             return forward_loss(self, params, split(batch, self.train.microbatches), key)
         x_BSD = self.through(params["layers"], self.begin(params, batch), batch, key)
         return self.end(params, x_BSD, batch)
+
+    def arrange(self, batch: Batch) -> Batch:
+        """The batch with the positions of its rows in the order that the layers work in: see `parallel/context.py`."""
+        if not self._balanced(batch["tokens"].shape[-1]):
+            return batch
+        return {**context.arrange({name: batch[name] for name in batch if name != "row"}), "row": batch["row"]}
+
+    def _balanced(self, length: int) -> bool:
+        model = self.model
+        return context.is_balanced(model.context, length=length, heads=model.heads, kv_heads=model.key_heads)
 
     def begin(self, params: Params, batch: Batch) -> jax.Array:
         """The embedded tokens, (B, S, D) in the compute dtype."""
@@ -143,15 +155,22 @@ class TransformerTask:
 
     def hidden(self, params: Params, batch: Batch, key: jax.Array | None) -> jax.Array:
         """The residual stream after the last norm, (B, S, D) in the compute dtype. No key: no dropout."""
-        return self.normed(params, self.through(params["layers"], self.begin(params, batch), batch, key))
+        batch = self.arrange(batch)
+        x_BSD = self.normed(params, self.through(params["layers"], self.begin(params, batch), batch, key))
+        return context.restore(x_BSD) if self._balanced(x_BSD.shape[1]) else x_BSD
 
     def through(
         self, layers: Params, x_BSD: jax.Array, batch: Batch, key: jax.Array | None, first: jax.Array | int = 0
     ) -> jax.Array:
-        """The residual stream behind `layers`, which are layers `first` and following of the model."""
+        """The residual stream behind `layers`, which are layers `first` and following of the model.
+
+        Stream and batch have the order of `arrange`.
+        """
         model = self.model
         dropout_key = key if model.dropout else None
-        segment_ids_BS = jax.reshard(batch["segment_ids"], axes.spec("act_batch", "act_attended_sequence"))
+        # Where attention needs those of whole rows, they are gathered once for all layers.
+        positions = "act_sequence" if self._balanced(x_BSD.shape[1]) else "act_attended_sequence"
+        segment_ids_BS = jax.reshard(batch["segment_ids"], axes.spec("act_batch", positions))
 
         def attend(window: int) -> Attend:
             return partial(
@@ -160,6 +179,7 @@ class TransformerTask:
                 window=window,
                 softcap=model.attention_softcap,
                 implementation=model.attention,
+                context=model.context,
             )
 
         def step(x_BSD: jax.Array, weights: Params, index: jax.Array, window: int) -> jax.Array:
@@ -219,7 +239,9 @@ class TransformerTask:
         def drop(update_BSD: jax.Array, branch: int) -> jax.Array:
             if dropout_key is None:
                 return update_BSD
-            return rng.dropout(update_BSD, model.dropout, jax.random.fold_in(dropout_key, branch), row_B)
+            length = update_BSD.shape[1]
+            order = context.order(length, context.size()) if self._balanced(length) else None
+            return rng.dropout(update_BSD, model.dropout, jax.random.fold_in(dropout_key, branch), row_B, order)
 
         normed_BSD = rms_norm(x_BSD, weights["attention_norm"]["scale"], model.norm_epsilon)
         mixed_BSD = attention_layer(

@@ -47,6 +47,8 @@ class TransformerConfig(ModelConfig):
     """Share of the residual updates zeroed in training."""
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     """Attention kernel; auto = splash on TPU, cuDNN on GPU, XLA elsewhere."""
+    context: Literal["auto", "gather", "ring", "ulysses"] = "auto"
+    """How attention works over mesh.context: gather keys, pass them round (ring), or exchange heads (ulysses)."""
 
     def __post_init__(self) -> None:
         for name in ("vocabulary", "layers", "width", "heads", "mlp"):
@@ -82,9 +84,15 @@ class TransformerConfig(ModelConfig):
         return self.head_dim or self.width // self.heads
 
     def check(self, config: Config, platform: str) -> None:
+        import contextlib
+
+        import jax
+
         from jaxscale.ops import attention
+        from jaxscale.parallel import context
         from jaxscale.parallel.pipeline import stages
 
+        sizes = jax.sharding.get_abstract_mesh().shape
         period, chunks = len(self.window) or 1, stages() * config.pipeline.chunks if stages() > 1 else 1
         if self.layers % chunks == 0 and self.layers // chunks % period:
             raise ConfigError(
@@ -93,6 +101,10 @@ class TransformerConfig(ModelConfig):
                 f"or chunks (pipeline.chunks), so that {period} divides that"
             )
         for length in (config.data.sequence, *(phase.sequence for phase in config.phases if phase.sequence)):
+            form: context.Form | None = None
+            if context.size() > 1:
+                with contextlib.suppress(context.UnsupportedContext):  # the audit says it, with all else that it finds
+                    form = context.choose(self.context, sizes, length=length, heads=self.heads, kv_heads=self.key_heads)
             attention.check(
                 self.attention,
                 platform=platform,
@@ -101,6 +113,7 @@ class TransformerConfig(ModelConfig):
                 dtype=config.precision.compute,
                 softcap=self.attention_softcap,
                 packed=True,
+                form=form,
             )
 
     def task(self, config: Config) -> Task:

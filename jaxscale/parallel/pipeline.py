@@ -47,13 +47,17 @@ def loss_and_gradients(
     parts: (M, B, ...), B sharded over (data, fsdp, expert). weight: float32, of the whole batch. Gradients are float32,
     sharded as the parameters.
     """
+    parts = task.arrange(parts)
     table = make_table(task.pipeline.schedule, stages(), parts["tokens"].shape[0], task.pipeline.chunks)
     sums, layers, shared = _on_stages(_train, task, table, key, params, parts, weight)
     return {name: value / weight for name, value in sums.items()}, {**shared, LAYERS: layers}
 
 
 def forward_loss(task: LayeredTask, params: Params, parts: Batch, key: jax.Array | None) -> tuple[jax.Array, Sums]:
-    """Weighted sums of the loss to differentiate and of the metrics, forward only. Not differentiable."""
+    """Weighted sums of the loss to differentiate and of the metrics, forward only. Not differentiable.
+
+    parts: arranged already.
+    """
     table = forward_only(stages(), parts["tokens"].shape[0], task.pipeline.chunks)
     (total, sums), _, _ = _on_stages(_evaluate, task, table, key, params, parts, jnp.float32(1))
     return total, sums

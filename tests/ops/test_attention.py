@@ -228,8 +228,8 @@ def test_refusals_name_the_way_out():
         run(make_mesh(), q, k, v, ids, implementation="splash")
     with pytest.raises(UnsupportedAttention, match="4 query heads are not a multiple of 3 key/value heads"):
         run(make_mesh(), q, k[:, :, [0, 0, 0]], v[:, :, [0, 0, 0]], ids)
-    mesh = make_mesh(context=2)
-    split = [jax.device_put(x, NamedSharding(mesh, P(None, "context"))) for x in (q, k, v)]
+    mesh = make_mesh(tensor=2)
+    split = [jax.device_put(x, NamedSharding(mesh, P(None, "tensor"))) for x in (q, k, v)]
     with jax.set_mesh(mesh), pytest.raises(UnsupportedAttention, match="attention needs whole rows"):
         attention(*split, segment_ids_BS=None, implementation="xla")
     mesh = make_mesh(tensor=2)
