@@ -33,5 +33,7 @@ def dropout(
         return jax.random.bernoulli(jax.random.fold_in(key, row), 1.0 - rate, x_BSD.shape[1:])
 
     keep = jax.vmap(row_mask)(row_B)
-    keep = jax.reshard(keep if order is None else keep[:, order], residual)
+    if order is not None:
+        keep = keep.at[:, order].get(out_sharding=jax.typeof(keep).sharding.spec)
+    keep = jax.reshard(keep, residual)
     return jnp.where(keep, x_BSD / (1.0 - rate), 0).astype(x_BSD.dtype)

@@ -101,6 +101,7 @@ assert not heavy, heavy
         ("lm_shakespeare", 4.0e6, 4.4e6),
         ("lm_8b", 8_030_261_248, 8_030_261_248),  # as Llama 3.1 has them
         ("lm_70b", 70_553_706_496, 70_553_706_496),
+        ("lm_128k", 8_030_261_248, 8_030_261_248),
     ],
 )
 def test_parameters(name, low, high):

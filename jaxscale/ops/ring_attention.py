@@ -63,26 +63,22 @@ def _walk_back(
 
     class State(NamedTuple):
         of_q_2: Array
-        at_home: tuple[Array, Array]
-        """Gradients of the device's own keys and values by its own queries."""
-        away: tuple[Array, Array]
-        """Those of the keys that visited last, by all queries that they have met on their way."""
+        of_keys_2: tuple[Array, Array]
+        """Gradients of the keys and values that visited last, by all queries that they have met on their way."""
 
     def visit(state: State, step: Array | int, travelling: Travelling, moved: int) -> State:
         # These begin before the work, which adds to them only at its end: so they hide behind it as the keys do.
-        before = state.away if moved == 0 else _rotate(state.away, moved)
+        before = _rotate(state.of_keys_2, moved) if moved else state.of_keys_2
         of_q_2, of_k_2, of_v_2 = state.of_q_2, none_2, none_2
         for half, key_half, keys, chunk in _pairs(device, step, travelling):
             of_q_2, (of_k, of_v) = device.pull(of_q_2, finished_2, half, keys, chunk)
             of_k_2, of_v_2 = of_k_2.at[key_half].add(of_k), of_v_2.at[key_half].add(of_v)
         share = of_k_2, of_v_2
-        if moved == 0:
-            return state._replace(of_q_2=of_q_2, at_home=share)
-        return state._replace(of_q_2=of_q_2, away=jax.tree.map(jnp.add, before, share))
+        return State(of_q_2, jax.tree.map(jnp.add, before, share))
 
     of_q_2 = jnp.zeros(device.queries_2.q_BGRSK.shape, jnp.float32)
-    state, last = _go_round(device, own, State(of_q_2, (none_2, none_2), (none_2, none_2)), visit)
-    of_keys = jax.tree.map(jnp.add, state.at_home, _rotate(state.away, -last)) if last else state.at_home
+    state, last = _go_round(device, own, State(of_q_2, (none_2, none_2)), visit)
+    of_keys = _rotate(state.of_keys_2, -last) if last else state.of_keys_2
     of_k, of_v = (halves.united_keys(x).astype(k_BSGK.dtype) for x in of_keys)
     return halves.united_queries(state.of_q_2).astype(q_BSHK.dtype), of_k, of_v
 

@@ -256,6 +256,7 @@ def bytes_per_layer(
     """
     keys, others = 2 * tokens * kv_heads * head_dim, context - 1
     if form in BALANCED:
-        return float(keys * element * others), float(keys * (element + 4) * others)
+        back = context if form == "ring" else others  # those of the ring go home at the end
+        return float(keys * element * others), float(keys * element * others + keys * 4 * back)
     moved = (2 * tokens * heads * head_dim + keys * head_copies(kv_heads, context)) * element * others / context
     return moved, moved

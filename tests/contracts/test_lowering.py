@@ -15,7 +15,7 @@ from jaxscale.recipe import load_recipe
 RECIPES = sorted((Path(__file__).resolve().parent.parent.parent / "recipes").glob("*.py"))
 OTHER_MESHES = [("lm_8b", "v6e-256"), ("lm_8b", "v5e-256")]
 """Beside the one that a recipe names itself. None with GPUs: JAX lowers cuDNN's attention only where they are."""
-FULL_SIZE = {"lm_8b": (256, 8.0e9), "lm_70b": (256, 70.5e9), "dlrm_criteo": (16, 26.1e9)}
+FULL_SIZE = {"lm_8b": (256, 8.0e9), "lm_70b": (256, 70.5e9), "lm_128k": (256, 8.0e9), "dlrm_criteo": (16, 26.1e9)}
 
 
 @pytest.mark.parametrize(

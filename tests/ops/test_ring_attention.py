@@ -2,20 +2,23 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractDevice, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxscale import axes
-from jaxscale.ops.attention import attention
+from jaxscale.ops import attention_xla
+from jaxscale.ops.attention import UnsupportedAttention, attention
 from jaxscale.parallel import context
+from jaxscale.testing.hlo import collectives
 
 FORMS = ("ring", "gather", "ulysses")
 SPLIT = P(axes.BATCH_AXES, "context", "tensor", None)
-OPTIONS = [{}, {"window": 7}, {"window": 20, "softcap": 1.5}, {"window": 1}]
+OPTIONS = [{}, {"window": 20, "softcap": 1.5}, {"window": 1}]
 
 
 def mesh_of(**sizes):
@@ -108,18 +111,122 @@ def test_equals_the_plain_reference(form, options):
     assert_close(on_mesh(mesh_of(context=4), form, arrays, **options), plain(*arrays, **options))
 
 
+MESHES = [{"context": 2}, {"context": 8}, {"context": 2, "tensor": 2, "fsdp": 2}]
+
+
 @pytest.mark.parametrize(
-    "sizes", [{"context": 2}, {"context": 3}, {"context": 8}, {"context": 2, "tensor": 2, "fsdp": 2}], ids=str
+    ("form", "sizes"), [*((form, sizes) for form in FORMS for sizes in MESHES), ("ring", {"context": 3})], ids=str
 )
-@pytest.mark.parametrize("form", FORMS)
 def test_on_other_meshes(form, sizes):
-    heads = {"H": 6, "G": 3} if sizes["context"] == 3 else {"H": 8, "G": 2}  # 8 devices copy the 2 key heads
-    arrays = inputs(**heads)
-    assert_close(on_mesh(mesh_of(**sizes), form, arrays, window=13), plain(*arrays, window=13))
+    """On 2 devices without segment ids; on 8 with windows of neighbours only, and ulysses copies the 2 key heads."""
+    q, k, v, cotangent, ids = inputs(G=2)
+    arrays = (q, k, v, cotangent, ids if sizes != {"context": 2} else None)
+    assert_close(on_mesh(mesh_of(**sizes), form, arrays, window=7), plain(*arrays, window=7))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_without_segments(form):
-    q, k, v, cotangent, _ = inputs()
-    arrays = (q, k, v, cotangent, None)
-    assert_close(on_mesh(mesh_of(context=4), form, arrays), plain(*arrays))
+def test_blocks_are_walked_in_parts(monkeypatch):
+    """As where a block's scores would not fit into memory: 2 queries of a chunk at a time."""
+    monkeypatch.setattr(attention_xla, "SCORE_BYTES", 4 * 2 * 8 * 6 * 2)
+    arrays = inputs()
+    for form in ("ring", "gather"):
+        assert_close(on_mesh(mesh_of(context=4), form, arrays, softcap=2.0), plain(*arrays, softcap=2.0))
+
+
+# What a program holds and moves
+
+S, C = 184, 4  # a row of 184 positions: 46 on a device, 23 in a chunk; no other dim has these sizes
+
+
+@functools.cache
+def program(form):
+    """The compiled forward and backward pass on 4 devices."""
+    mesh = mesh_of(context=C)
+    with jax.set_mesh(mesh):
+
+        def shape(heads):
+            return jax.ShapeDtypeStruct((2, S, heads, 8), np.float32, sharding=NamedSharding(mesh, SPLIT))
+
+        ids = jax.ShapeDtypeStruct((2, S), np.int32, sharding=NamedSharding(mesh, P(*SPLIT[:2])))
+        return jax.jit(pulled(form)).lower(shape(8), shape(4), shape(4), shape(8), ids).compile()
+
+
+def moved(form):
+    """kind of collective -> shapes of its results, all over `context`."""
+    found = {}
+    for kind, names, shape in collectives(program(form).as_text(), {"context": C}):
+        assert names == ("context",)
+        found.setdefault(kind, []).append(shape)
+    return found
+
+
+def test_the_ring_permutes_and_gathers_nothing():
+    assert set(moved("ring")) == {"collective-permute"}
+
+
+def test_ulysses_exchanges_heads_and_gathers_only_ids():
+    found = moved("ulysses")
+    assert set(found) == {"all-to-all", "all-gather"}
+    assert {len(shape) for shape in found["all-gather"]} == {2}
+
+
+def test_the_gather_form_gathers_keys_and_scatters_their_gradients():
+    assert set(moved("gather")) == {"all-gather", "reduce-scatter"}
+
+
+def test_no_device_of_the_ring_holds_a_row():
+    """Of keys, scores or anything else: no array of the program has a dim as long as the row, or its chunks stacked."""
+    dims = {
+        form: {
+            int(n) for dims in re.findall(r"[a-z]+\d+\[([\d,]+)\]", program(form).as_text()) for n in dims.split(",")
+        }
+        for form in FORMS
+    }
+    assert {23, 46} <= dims["ring"]
+    assert S not in dims["ring"]
+    assert S in dims["ulysses"]
+    eight_chunks = re.compile(r"f32\[8,2,4,23,8\]")  # keys of all chunks
+    assert eight_chunks.search(program("gather").as_text())
+    assert not eight_chunks.search(program("ring").as_text())
+
+
+@pytest.mark.parametrize(("keep", "rings"), [((), 3), (("attention",), 2)], ids=str)
+def test_what_remat_keeps_of_the_ring(keep, rings):
+    """Kept by the name `attention`, the output and its log-sum-exp spare the backward pass a third ring."""
+    mesh = mesh_of(context=2)
+    policy = jax.checkpoint_policies.save_only_these_names(*keep)
+    with jax.set_mesh(mesh):
+        x = jax.ShapeDtypeStruct((2, 16, 4, 8), np.float32, sharding=NamedSharding(mesh, SPLIT))
+
+        def layer(x):
+            return attention(x, x, x, segment_ids_BS=None, implementation="xla", context="ring")
+
+        gradient = jax.grad(lambda x: (jax.checkpoint(layer, policy=policy)(x) ** 2).sum())
+        assert str(jax.make_jaxpr(gradient)(x)).count("shard_map[") == rings
+
+
+def test_a_form_lowers_for_tpu_with_its_kernel():
+    tpu = AbstractDevice(device_kind="TPU v5", num_cores=1, platform="tpu")
+    mesh = axes.abstract_mesh({"context": 4, "tensor": 2}, tpu)
+    kernels = {}
+    with jax.sharding.use_abstract_mesh(mesh):
+        q, k = (
+            jax.ShapeDtypeStruct((2, 1024, heads, 128), "bfloat16", sharding=NamedSharding(mesh, SPLIT))
+            for heads in (16, 8)
+        )
+        ids = jax.ShapeDtypeStruct((2, 1024), np.int32, sharding=NamedSharding(mesh, P(*SPLIT[:2])))
+        for form in FORMS:
+
+            def loss(q, k, v, ids, form=form):
+                return attention(q, k, v, segment_ids_BS=ids, context=form).astype("float32").sum()
+
+            traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, k, ids)
+            kernels[form] = traced.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call")
+    assert kernels == {"ring": 0, "gather": 0, "ulysses": 3}
+
+
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+def test_kernels_of_whole_rows_do_not_go_with_divided_ones(kernel):
+    mesh = mesh_of(context=2)
+    q = jax.device_put(inputs()[0], NamedSharding(mesh, SPLIT))
+    with jax.set_mesh(mesh), pytest.raises(UnsupportedAttention, match=r"use model\.context=ulysses, or model\.att"):
+        attention(q, q, q, segment_ids_BS=None, implementation=kernel, context="ring")
