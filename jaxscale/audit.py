@@ -138,9 +138,15 @@ def _context(parameters: Mapping[str, Parameter], sizes: Mapping[str, int], conf
         return  # found above
     for where, sequence in _each_phase(config, "sequence"):
         try:
-            context.choose(form, sizes, length=sequence, heads=own, kv_heads=own_keys)
+            chosen = context.choose(form, sizes, length=sequence, heads=own, kv_heads=own_keys)
         except context.UnsupportedContext as error:
             yield f"{error} ({where})"
+            continue
+        if chosen in context.BALANCED and getattr(getattr(config.model, "experts", None), "capacity", None):
+            yield (
+                f"model.experts.capacity keeps the first tokens of a row, and model.context {chosen} has rows in another "
+                f"order ({where}); use model.context ulysses, or no capacity"
+            )
 
 
 def _idle_axes(parameters: Mapping[str, Parameter], sizes: Mapping[str, int], config: Config) -> Iterator[str]:

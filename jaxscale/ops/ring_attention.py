@@ -36,7 +36,7 @@ class Travelling(NamedTuple):
 def _walk(scores: Scores, q_BSHK: Array, k_BSGK: Array, v_BSGK: Array, ids_BS: Array | None) -> tuple[Array, Array]:
     device = halves.this_device(scores, q_BSHK, k_BSGK.shape[2], ids_BS)
 
-    def visit(running_2: Running, step: Array | int, travelling: Travelling, _: int) -> Running:
+    def visit(running_2: Running, step: Array | int, travelling: Travelling, *_: Any) -> Running:
         for half, _, keys, chunk in _pairs(device, step, travelling):
             running_2 = device.attend(running_2, half, keys, chunk)
         return running_2
@@ -66,9 +66,9 @@ def _walk_back(
         of_keys_2: tuple[Array, Array]
         """Gradients of the keys and values that visited last, by all queries that they have met on their way."""
 
-    def visit(state: State, step: Array | int, travelling: Travelling, moved: int) -> State:
+    def visit(state: State, step: Array | int, travelling: Travelling, moved: int, sent: Any) -> State:
         # These begin before the work, which adds to them only at its end: so they hide behind it as the keys do.
-        before = _rotate(state.of_keys_2, moved) if moved else state.of_keys_2
+        before = _rotate(state.of_keys_2, moved, sent) if moved else state.of_keys_2
         of_q_2, of_k_2, of_v_2 = state.of_q_2, none_2, none_2
         for half, key_half, keys, chunk in _pairs(device, step, travelling):
             of_q_2, (of_k, of_v) = device.pull(of_q_2, finished_2, half, keys, chunk)
@@ -84,22 +84,22 @@ def _walk_back(
 
 
 def _go_round[State](
-    device: Device, own: Travelling, state: State, visit: Callable[[State, Any, Travelling, int], State]
+    device: Device, own: Travelling, state: State, visit: Callable[[State, Any, Travelling, int, Any], State]
 ) -> tuple[State, int]:
-    """Folds `visit(state, step, keys at hand, steps since the visit before)` over the steps that have work.
+    """Folds `visit(state, step, keys at hand, steps since the visit before, keys sent on)` over the steps with work.
 
     Returns the last step too: how far from home the keys are by then.
     """
     runs = context.ring_runs(device.context, device.reach)
     if not runs:
-        return visit(state, 0, own, 0), 0
+        return visit(state, 0, own, 0, None), 0
     arriving = _rotate(own, runs[0][0])
-    state, at = visit(state, 0, own, 0), 0
+    state, at = visit(state, 0, own, 0, None), 0
 
     def stay_and_go_on(state: State, step: Any, travelling: Travelling, moved: int, jump: int) -> Any:
         # The keys travel on before the work with them begins: that is what hides their way.
         following = _rotate(travelling, jump) if jump else travelling
-        return visit(state, step, travelling, moved), following
+        return visit(state, step, travelling, moved, following if jump else None), following
 
     for number, (first, count) in enumerate(runs):
         last = first + count - 1
@@ -133,22 +133,25 @@ def _pairs(device: Device, step: Any, travelling: Travelling) -> list[tuple[Any,
     return found
 
 
-def _rotate[Tree](tree: Tree, by: int) -> Tree:
-    """From each device to the one `by` further round the ring."""
+def _rotate[Tree](tree: Tree, by: int, after: Any = None) -> Tree:
+    """From each device to the one `by` further round the ring; `after`: what `_rotate` gave before in this step."""
     size = jax.lax.axis_size(AXIS)
+    leaves, form = jax.tree.flatten(tree)
     if _permutes_wait_for_all():
-        return jax.tree.map(lambda x: _rotate_by_exchange(x, by, size), tree)
+        return jax.tree.unflatten(form, [_rotate_by_exchange(x, by, size) for x in leaves])
     route = [(d, (d + by) % size) for d in range(size)]
-    return jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, route), tree)
+    moved, last = [], next(iter(jax.tree.leaves(after)[-1:]), None)
+    for x in leaves:
+        last = context.permute(x, route, last)
+        moved.append(last)
+    return jax.tree.unflatten(form, moved)
 
 
 def _permutes_wait_for_all() -> bool:
     """XLA's CPU backend begins a permute when *all* devices of the program have come to it. Those of the other pipeline
     stages do not, who are in another branch; an all-to-all only waits for its own group.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    device = mesh.abstract_device
-    return mesh.shape["stage"] > 1 and device is not None and device.platform == "cpu"
+    return jax.sharding.get_abstract_mesh().shape["stage"] > 1 and context.is_emulated()
 
 
 def _rotate_by_exchange(x: Array, by: int, size: int) -> Array:

@@ -11,7 +11,7 @@ Legend: C devices of the axis, r reach: how many chunks before its own a query c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -125,6 +125,23 @@ def restore(x_BSD: jax.Array) -> jax.Array:
     return _exchange(x_BSD, -2, into=False)
 
 
+def permute(x: jax.Array, route: Sequence[tuple[int, int]], after: jax.Array | None = None) -> jax.Array:
+    """`ppermute` over the axis; on emulated devices not before the permute that gave `after`.
+
+    XLA's CPU backend does not tell two permutes of a program from each other: run at the same time, their devices meet
+    in the wrong one. So each is made to depend on the one before, by a comparison that no compiler can decide.
+    """
+    if after is not None and is_emulated():
+        x = jnp.where(after.reshape(-1)[0].astype(jnp.float32) < -3e38, jnp.zeros_like(x), x)
+    return jax.lax.ppermute(x, AXIS, route)
+
+
+def is_emulated() -> bool:
+    """Whether the current mesh is one of CPU devices."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.platform == "cpu"
+
+
 def _exchange(tree: Any, dim: int, into: bool) -> Any:
     context = size()
     if context == 1:
@@ -134,25 +151,32 @@ def _exchange(tree: Any, dim: int, into: bool) -> Any:
     places = [min(chunk, 2 * context - 1 - chunk) for chunk in range(2 * context)]
     routes = [[(d, places[2 * d + odd]) for d in range(context)] for odd in (0, 1)]
 
-    def body(x: jax.Array) -> jax.Array:
+    last: list[tuple[jax.Array, P] | None] = [None]
+
+    def body(x: jax.Array, after: jax.Array) -> jax.Array:
         # On a device with an even number the early chunk is an even one, and the late chunk odd; else the reverse.
         swap = jax.lax.axis_index(AXIS) % 2 == 1
         halves = jnp.split(x, 2, axis=dim)
         if into:
-            even, odd = (jax.lax.ppermute(half, AXIS, route) for half, route in zip(halves, routes, strict=True))
+            even = permute(halves[0], routes[0], after)
+            odd = permute(halves[1], routes[1], even)
             return jnp.concatenate([jnp.where(swap, odd, even), jnp.where(swap, even, odd)], axis=dim)
         even, odd = jnp.where(swap, halves[1], halves[0]), jnp.where(swap, halves[0], halves[1])
         back = [[(target, source) for source, target in route] for route in routes]
-        return jnp.concatenate(
-            [jax.lax.ppermute(half, AXIS, route) for half, route in zip((even, odd), back, strict=True)], axis=dim
-        )
+        first = permute(even, back[0], after)
+        return jnp.concatenate([first, permute(odd, back[1], first)], axis=dim)
 
     def one(x: jax.Array) -> jax.Array:
         before = jax.typeof(x).sharding.spec
         entries = [*before, *[None] * (x.ndim - len(before))]
         split = P(*entries[: x.ndim + dim], AXIS, *entries[x.ndim + dim + 1 :])
-        mapped = jax.shard_map(body, in_specs=split, out_specs=split, axis_names=axes.automatic(), check_vma=False)
-        return jax.reshard(mapped(jax.reshard(x, split)), P(*entries))
+        before, before_spec = (x, split) if last[0] is None else last[0]
+        mapped = jax.shard_map(
+            body, in_specs=(split, before_spec), out_specs=split, axis_names=axes.automatic(), check_vma=False
+        )
+        found = mapped(jax.reshard(x, split), jax.reshard(before, before_spec))
+        last[0] = found, split
+        return jax.reshard(found, P(*entries))
 
     return jax.tree.map(one, tree)
 
