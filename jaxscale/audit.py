@@ -144,8 +144,8 @@ def _context(parameters: Mapping[str, Parameter], sizes: Mapping[str, int], conf
             continue
         if chosen in context.BALANCED and getattr(getattr(config.model, "experts", None), "capacity", None):
             yield (
-                f"model.experts.capacity keeps the first tokens of a row, and model.context {chosen} has rows in another "
-                f"order ({where}); use model.context ulysses, or no capacity"
+                f"model.experts.capacity keeps the first tokens of a row, and model.context {chosen} has rows in "
+                f"another order ({where}); use model.context ulysses, or no capacity"
             )
 
 

@@ -83,6 +83,21 @@ def test_experts_that_do_not_divide_are_refused():
     ] == 4 * (4 * 8 * 64 * 96 // 8)
 
 
+def test_a_capacity_wants_rows_in_their_own_order():
+    """Else which tokens are dropped would depend on the mesh."""
+    sizes = {**dict.fromkeys(axes.AXES, 1), "context": 2}
+    for form, refused in (("ring", True), ("ulysses", False)):
+        model = TransformerConfig(experts=ExpertsConfig(count=4, top_k=2, capacity=1.25), context=form)
+        config = Config("capacity", model, data=DataConfig(path="builtin"))
+        with jax.sharding.use_abstract_mesh(axes.abstract_mesh(sizes)):
+            parameters = model.task(config).parameters
+        if refused:
+            with pytest.raises(AuditError, match="use model.context ulysses, or no capacity"):
+                audit(parameters, sizes, config)
+        else:
+            audit(parameters, sizes, config)
+
+
 def test_flops_count_the_experts_that_a_token_uses():
     dense = dataclasses.replace(CONFIG.model, mlp=2 * 96, experts=ExpertsConfig())
     router = 6 * 4 * 64 * 8
