@@ -92,7 +92,7 @@ def test_a_capacity_wants_rows_in_their_own_order():
         with jax.sharding.use_abstract_mesh(axes.abstract_mesh(sizes)):
             parameters = model.task(config).parameters
         if refused:
-            with pytest.raises(AuditError, match="use model.context ulysses, or no"):
+            with pytest.raises(AuditError, match=r"use model\.context ulysses, or no"):
                 audit(parameters, sizes, config)
         else:
             audit(parameters, sizes, config)
