@@ -16,7 +16,7 @@ _NAMES = {
     "--mesh.expert": "ep expert-parallel",
     "--mesh.context": "cp sp context-parallel sequence-parallel",
     "--model.layers": "num-layers n-layers n-layer depth num-hidden-layers blocks",
-    "--model.width": "hidden hidden-size hidden-dim d-model dim dmodel n-embd embed-dim embedding-dim model-dim",
+    "--model.width": "hidden-size hidden-dim d-model dim dmodel n-embd embed-dim embedding-dim model-dim",
     "--model.heads": "num-heads n-heads n-head num-attention-heads attention-heads",
     "--model.kv-heads": "num-kv-heads n-kv-heads num-key-value-heads",
     "--model.head-dim": "head-size d-head dim-head",
