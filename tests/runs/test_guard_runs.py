@@ -1,5 +1,6 @@
 """Losses or gradients that are no number: the update is skipped, counted and told; 50 in a row end the run."""
 
+import dataclasses
 import json
 import math
 from dataclasses import replace
@@ -25,7 +26,7 @@ ROWS = 8
 def poisoned(folder, first_step, last_step, *flags, **poison):
     """A config whose steps first_step .. last_step (from 1) are poisoned."""
     config = config_of("--run.dir", folder, "--devices", 2, "--optim.ema", 0.9, *flags)
-    fields = {name: getattr(config.model, name) for name in config.model.__dataclass_fields__}
+    fields = {field.name: getattr(config.model, field.name) for field in dataclasses.fields(config.model)}
     rows = {"first": (first_step - 1) * ROWS, "last": last_step * ROWS, **poison}
     return replace(config, model=PoisonedConfig(**fields, **rows))
 
