@@ -189,7 +189,9 @@ _one_device: dict[str, dict[str, np.ndarray]] = {}
     [
         ("ring", {"context": 4, "fsdp": 2}, {"remat": "names"}),
         pytest.param("ring", {"context": 2}, {}, marks=pytest.mark.slow),
-        ("gather", {"context": 2, "tensor": 2}, {"remat": "full", "microbatches": 4}),
+        pytest.param(
+            "gather", {"context": 2, "tensor": 2}, {"remat": "full", "microbatches": 4}, marks=pytest.mark.slow
+        ),
         pytest.param("gather", {"context": 4}, {}, marks=pytest.mark.slow),
         ("ulysses", {"context": 4}, {}),
         pytest.param("ulysses", {"context": 2, "data": 2, "expert": 2}, {}, marks=pytest.mark.slow),
