@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from jaxscale import axes
 from jaxscale.config import Config, ConfigError
+from jaxscale.divisors import divisors
 from jaxscale.parallel import context
 from jaxscale.parallel.schedules import ScheduleError, check_sizes
 from jaxscale.task import Parameter
@@ -97,7 +98,7 @@ def _indivisible(parameters: Mapping[str, Parameter], sizes: Mapping[str, int]) 
             if size % math.prod(sizes[axis] for axis in mesh_axes):
                 found.setdefault((mesh_axes, str(name), size), []).append(path)
     for (mesh_axes, name, size), paths in found.items():
-        options = _near(_divisors(size), math.prod(sizes[axis] for axis in mesh_axes))
+        options = _near(divisors(size), math.prod(sizes[axis] for axis in mesh_axes))
         yield f"{_called(mesh_axes, sizes)} {name} ({size}) of {_listed(paths)}; use {options}"
 
 
@@ -177,7 +178,7 @@ def _pipeline(parameters: Mapping[str, Parameter], sizes: Mapping[str, int], con
         yield f"pipeline: {error}"
     for count in sorted(layers):
         if count % stages == 0 and count % (stages * chunks):
-            options = _choices(_divisors(count // stages))
+            options = _choices(divisors(count // stages))
             yield f"pipeline.chunks ({chunks}) does not divide the {count // stages} layers of a stage; use {options}"
     if config.train.noise_scale:
         yield "train.noise-scale needs the gradient of each microbatch by itself, which no stage has; turn it off"
@@ -273,10 +274,6 @@ def _listed(words: Sequence[str]) -> str:
 def _near(options: Sequence[int], wanted: int) -> str:
     """At most LISTED of the options, those nearest to what was wanted."""
     return _choices(sorted(sorted(options, key=lambda option: (abs(option - wanted), option))[:LISTED]))
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def _choices(options: Sequence[object]) -> str:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from jaxscale.config import ConfigError, MeshConfig
+from jaxscale.divisors import divisors
 
 AXES = tuple(MeshConfig.__dataclass_fields__)
 
@@ -28,10 +29,10 @@ def resolve_sizes(
     """
     given = dict(defaults or {}) | {k: v for k, v in dataclasses.asdict(mesh).items() if v is not None}
     if devices % slices:
-        raise MeshError(f"{devices} devices cannot be {slices} equal slices; use {_choices(_divisors(devices))} slices")
+        raise MeshError(f"{devices} devices cannot be {slices} equal slices; use {_choices(divisors(devices))} slices")
     sizes = {axis: given.get(axis, 1) for axis in AXES} | {"data": given.get("data", slices)}
     if sizes["data"] % slices:
-        works = [size for size in _divisors(devices) if size % slices == 0]
+        works = [size for size in divisors(devices) if size % slices == 0]
         raise MeshError(
             f"mesh axis 'data' ({sizes['data']}) is not a multiple of the {slices} slices; it runs across slices, so "
             f"that only gradients cross the slow links between them; use {_choices(works)}, or leave mesh.data unset"
@@ -56,7 +57,7 @@ def _remedy(sizes: Mapping[str, int], given: Mapping[str, int], devices: int, sl
         others = math.prod(size for other, size in sizes.items() if other != axis and not (free and other == "fsdp"))
         fitting = [
             size
-            for size in _divisors(devices)
+            for size in divisors(devices)
             if (devices % (others * size) == 0 if free else others * size == devices)
             and (axis != "data" or size % slices == 0)
         ]
@@ -64,7 +65,7 @@ def _remedy(sizes: Mapping[str, int], given: Mapping[str, int], devices: int, sl
             options.append(f"mesh.{axis} {_choices(fitting)}")
     fixed = math.prod(size for axis, size in sizes.items() if axis != "fsdp")
     if not options:
-        must = f"a divisor of {devices}: {_choices(_divisors(devices))}" if free else f"a divisor of {devices}"
+        must = f"a divisor of {devices}: {_choices(divisors(devices))}" if free else f"a divisor of {devices}"
         return f"the axes other than fsdp multiply to {fixed}, and must multiply to {must}"
     unset = "" if free or devices % fixed else ", or leave mesh.fsdp unset"
     return f"use {_choices(options)}{unset}"
@@ -73,7 +74,3 @@ def _remedy(sizes: Mapping[str, int], given: Mapping[str, int], devices: int, sl
 def _choices(options: Sequence[object]) -> str:
     words = [str(option) for option in options]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import jax
 
+from jaxscale.divisors import divisors
+
 AXIS = "fsdp"
 LEAST_COLUMNS = 128
 """Columns of the embedding that a device looks up at least: a TPU's vector registers are as wide."""
@@ -96,7 +98,7 @@ def head_groups(tokens: int, vocabulary: int, fsdp: int, most: int = 0) -> Group
     member. Its part of the head is gathered in bfloat16 and its gradient scattered in float32: 6 bytes per row and
     column. Sizes that do not divide the vocabulary are passed over. most: members of a group at most; 0 = any number.
     """
-    sizes = [n for n in _divisors(fsdp) if vocabulary % n == 0 and (not most or n <= most)]
+    sizes = [n for n in divisors(fsdp) if vocabulary % n == 0 and (not most or n <= most)]
 
     def cost(count: int) -> float:
         return 4 * tokens * (count - 1) + 6 * vocabulary / count * (1 - count / fsdp)
@@ -110,8 +112,4 @@ def embedding_groups(width: int, fsdp: int) -> Groups:
     Tokens are 4 bytes to send, and each vector that is found goes to one device: what a lookup moves hardly depends on
     the size of the groups, what the table's gathering moves shrinks with it.
     """
-    return Groups(max(n for n in _divisors(fsdp) if n == 1 or width // n >= LEAST_COLUMNS), fsdp)
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    return Groups(max(n for n in divisors(fsdp) if n == 1 or width // n >= LEAST_COLUMNS), fsdp)
