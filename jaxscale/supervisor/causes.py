@@ -70,6 +70,7 @@ CANNOT_START = frozenset(
         "StateMismatch",
         "DifferentStart",
         "UnsupportedAttention",
+        "UnsupportedContext",
         "StatusError",
         "RunDirectoryError",
         "UsageError",

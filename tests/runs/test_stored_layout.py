@@ -1,6 +1,6 @@
 """A run that keeps its layers in an order and a number of its own writes checkpoints that any other run reads."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import jax
 import jax.numpy as jnp
@@ -72,8 +72,8 @@ def train(folder, steps, *flags, padded):
         "--run.dir", folder, "--devices", 2, "--model.layers", 3, "--steps", steps, "--optim.ema", 0.9, *flags
     )
     if padded:
-        fields = {name: getattr(config.model, name) for name in config.model.__dataclass_fields__}
-        config = replace(config, model=PaddedConfig(**fields))
+        values = {field.name: getattr(config.model, field.name) for field in fields(config.model)}
+        config = replace(config, model=PaddedConfig(**values))
     trainer.train(config, World())
 
 
