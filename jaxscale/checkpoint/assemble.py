@@ -19,9 +19,8 @@ from jax.sharding import AbstractMesh, NamedSharding, Sharding
 from jaxscale import tree
 from jaxscale.checkpoint.boxes import Box, box_of, intersect, lengths, text, uncovered, within
 from jaxscale.checkpoint.by_slice import as_stored, dealt
+from jaxscale.checkpoint.compare import StateMismatch, describe, differences
 from jaxscale.checkpoint.cover import Choice, Location, Source
-from jaxscale.checkpoint.durable import describe
-from jaxscale.checkpoint.restore import StateMismatch, differences
 from jaxscale.checkpoint.slot import SlotError, dtype_of
 
 Fetch = Callable[[Location, Source], np.ndarray[Any, Any]]
@@ -60,7 +59,7 @@ def assemble(
     leaves = tree.flatten(stored)
     if lines := differences(saved, describe(stored)):
         raise StateMismatch(
-            f"the memory snapshot of step {choice.step} holds other arrays than this run:\n  {_first(lines)}\n"
+            f"the checkpoint of step {choice.step} holds other arrays than this run:\n  {_first(lines)}\n"
             "use the model and optimizer settings it was written with, or start another run"
         )
     shardings = {path: concrete(leaf.sharding, path) for path, leaf in leaves.items()}
@@ -159,7 +158,7 @@ def _fill(targets: Mapping[str, _Target], choice: Choice, fetch: Fetch, rejected
     if failures:
         raise NoGoodCopy(
             f"{len(failures)} of the {len(needed)} shards that this process needs of step {choice.step} cannot be had "
-            f"from any host:\n  {_first(failures)}"
+            f"anywhere:\n  {_first(failures)}"
         )
 
 

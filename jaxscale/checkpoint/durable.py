@@ -11,14 +11,20 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 
 from jaxscale import tree
 from jaxscale.checkpoint import agree, layout, leftovers
+from jaxscale.checkpoint.compare import describe
+from jaxscale.checkpoint.held import HeldShard, digests, hold
+from jaxscale.checkpoint.manifest import Arrays
+from jaxscale.checkpoint.parts import all_parts, own_part
 from jaxscale.checkpoint.patience import STORAGE_SECONDS, UNBROKEN, Patience, may_pass
 from jaxscale.retry import Retry
 from jaxscale.train.protocols import Record
@@ -134,23 +140,24 @@ class DurableCheckpoints:
         path = layout.step_folder(self._folder, step)
         problem: BaseException | None = None
         response: Any = None
+        held: list[HeldShard] = []
         try:
             self._make_room(path)
         except OSError as error:
             problem = error
         if agree.everywhere(problem is None):
             try:
-                response = begin_save(path, state)
+                response, held = begin_save(path, state), hold(state)
             except OSError as error:
                 problem = error
         else:
             problem = problem or RuntimeError("process 0 could not make room for it; see its log")
         blocked = time.monotonic() - started
 
-        def complete() -> None:
+        def complete(is_abandoned: Callable[[], bool]) -> None:
             if problem is not None:
                 raise problem
-            self._complete(response, record, arrays, started, blocked)
+            self._complete(_Written(response, held, arrays, mesh_of(state)), record, started, blocked, is_abandoned)
 
         is_last = final or step >= record.config.get("steps", step + 1)
         self._save = _Save(step, complete, partial(self._report, is_last=is_last))
@@ -163,13 +170,20 @@ class DurableCheckpoints:
                 layout.delete_step(path)
             layout.begin(path)
 
-    def _complete(self, response: Any, record: Record, arrays: layout.Arrays, started: float, blocked: float) -> None:
-        """In the background: waits for Orbax, seals the step, deletes old ones."""
-        response.result(timeout=SAVE_LIMIT_SECONDS)
+    def _complete(
+        self, save: _Written, record: Record, started: float, blocked: float, is_abandoned: Callable[[], bool]
+    ) -> None:
+        """In the background: waits for Orbax, compares its files with the state, seals the step, deletes old ones."""
+        path = layout.step_folder(self._folder, record.step)
+        wanted = digests(save.held)
+        save.held.clear()  # the arrays' memory is free again
+        save.response.result(timeout=SAVE_LIMIT_SECONDS)
+        part = own_part(path, wanted, save.arrays)
         if jax.process_index() != 0:
             return
+        part = all_parts(path, part, jax.process_count(), SAVE_LIMIT_SECONDS, is_abandoned)
         self._before_seal()
-        seal = partial(layout.seal, layout.step_folder(self._folder, record.step), record, arrays)
+        seal = partial(layout.seal, path, record, save.arrays, part, save.mesh)
         size = Retry("durable tier", UNBROKEN, transient=may_pass).call(seal, seconds=STORAGE_SECONDS)
         seconds = time.monotonic() - started
         logger.info("saved step %d: %.1f MB in %.2f s", record.step, size / 1e6, seconds)
@@ -242,10 +256,27 @@ class DurableCheckpoints:
             ) from error
 
 
+@dataclass(frozen=True)
+class _Written:
+    """What a save under way is about."""
+
+    response: Any
+    """Orbax's."""
+    held: list[HeldShard]
+    arrays: Arrays
+    mesh: Mapping[str, int]
+
+
 class _Save:
     """One save under way: runs its completion in a thread, reports a failure at once and keeps it."""
 
-    def __init__(self, step: int, complete: Callable[[], None], report: Callable[[int, BaseException], None]) -> None:
+    def __init__(
+        self,
+        step: int,
+        complete: Callable[[Callable[[], bool]], None],
+        report: Callable[[int, BaseException], None],
+    ) -> None:
+        """`complete` gets a function that says whether the save was given up."""
         self.step = step
         self.error: BaseException | None = None
         self._complete, self._report = complete, report
@@ -269,24 +300,11 @@ class _Save:
 
     def _run(self) -> None:
         try:
-            self._complete()
+            self._complete(lambda: self._abandoned)
         except BaseException as error:  # Orbax raises bare exceptions of many kinds; whatever it is, training goes on
             self.error = error
             if not self._abandoned:
                 self._report(self.step, error)
-
-
-def describe(state: Mapping[str, Any]) -> layout.Arrays:
-    """Shape and dtype of every array of a state, by path. Raises TypeError for a leaf that is no array."""
-    arrays: layout.Arrays = {}
-    for path, leaf in tree.flatten(state).items():
-        if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-            raise TypeError(
-                f"{path} of the state is a {type(leaf).__name__}; a state holds jax arrays only; "
-                "values of the host go into the Record"
-            )
-        arrays[path] = (tuple(leaf.shape), str(leaf.dtype))
-    return arrays
 
 
 def begin_save(path: Path, state: Mapping[str, Any]) -> Any:
@@ -297,12 +315,21 @@ def begin_save(path: Path, state: Mapping[str, Any]) -> Any:
     ocp = load_orbax()
     context = ocp.Context()
     context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
-    context.array.saving.use_compression = (
-        False  # float32 weights shrink by a tenth and saves take 3 to 20 times longer
-    )
+    saving = context.array.saving
+    saving.use_compression = False  # float32 weights shrink by a tenth and saves take 3 to 20 times longer
+    saving.use_ocdbt = False  # a shard is a file: it can be verified, copied and read on its own
+    saving.use_replica_parallel = False  # would cut an array of a few bytes into a file for each device
     context.async_options.timeout_secs = SAVE_LIMIT_SECONDS
     with context:
         return ocp.save_checkpointables_async(path, {layout.STATE_ITEM: tree.unflatten(tree.flatten(state))})
+
+
+def mesh_of(state: Mapping[str, Any]) -> dict[str, int]:
+    """Sizes of the mesh axes that a state is sharded over; empty where it lies on one device without a mesh."""
+    for leaf in tree.flatten(state).values():
+        if isinstance(leaf.sharding, NamedSharding):
+            return {str(name): int(size) for name, size in leaf.sharding.mesh.shape.items()}
+    return {}
 
 
 def explain(error: BaseException, folder: Path) -> str:

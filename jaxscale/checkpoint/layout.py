@@ -1,8 +1,8 @@
 """What a checkpoint is on disk: which steps exist, which files each must have, which are old enough to delete.
 
 `checkpoints/<step>/` holds Orbax's own files (`state/` ..., `commit_success.txt` last) and beside them `record.json`,
-`config.json`, `environment.json` and, written after everything else, `manifest.json` with the config's hash, the size
-of every file and the shape and dtype of every array. A step without commit file and manifest does not exist.
+`config.json`, `environment.json` and, written after everything else, `manifest.json` (`manifest.py`) with size and
+digest of every file and of every array's shards. A step without commit file and manifest does not exist.
 `checkpoints/<step>.saving` is there from before the first byte until the manifest: it tells a save that a kill cut
 short from one that lost its manifest later. Read next: `durable.py`.
 """
@@ -15,10 +15,12 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxscale.checkpoint import manifest as manifests
+from jaxscale.checkpoint.manifest import Arrays, DamagedCheckpoint, FileEntry, Manifest
+from jaxscale.checkpoint.written import Part, file_digests, remove_process_files
 from jaxscale.config_tree import tree_hash
 from jaxscale.track import lines
 from jaxscale.train.protocols import Record
@@ -28,24 +30,6 @@ MANIFEST = "manifest.json"
 SAVING = ".saving"
 PARTIAL = ".partial"
 STATE_ITEM = "state"
-FORMAT = 1
-
-Arrays = dict[str, tuple[tuple[int, ...], str]]
-"""Path of an array -> (shape, dtype name)."""
-
-
-class DamagedCheckpoint(RuntimeError):
-    """A checkpoint that cannot be trusted: something of it is missing, cut short or unreadable."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What must be there for a step to be complete."""
-
-    step: int
-    files: Mapping[str, int]
-    """Path below the step's folder -> bytes."""
-    arrays: Arrays
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -106,40 +90,43 @@ def begin(path: Path) -> None:
     _mark(path).touch()
 
 
-def seal(path: Path, record: Record, arrays: Arrays) -> int:
+def seal(path: Path, record: Record, arrays: Arrays, part: Part, mesh: Mapping[str, int]) -> int:
     """Writes record, config, environment and last the manifest into a step that Orbax has committed. Returns its bytes.
 
-    Raises OSError where the disk does not take it; the step then does not exist, and this may be called again.
+    `part`: what all processes together have written. Raises OSError where the disk does not take it, and
+    DamagedCheckpoint where a file cannot be read back; the step then does not exist, and this may be called again.
     """
     (path / MANIFEST).unlink(missing_ok=True)  # of an attempt that failed behind it
     for left in path.rglob("*" + PARTIAL):
         left.unlink()
     fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-    config = fields.pop("config")
+    config, environment = fields.pop("config"), fields.pop("environment")
     write_json(path / "config.json", config)
-    write_json(path / "environment.json", fields.pop("environment"))
+    write_json(path / "environment.json", environment)
     write_json(path / "record.json", fields | {name: lines.mark(fields[name]) for name in ("metrics_line", "best")})
-    files = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
-    table = {name: {"shape": list(shape), "dtype": dtype} for name, (shape, dtype) in arrays.items()}
-    what = {"format": FORMAT, "step": record.step, "config_hash": tree_hash(config)}
-    write_json(path / MANIFEST, what | {"files": files, "arrays": table})
+    files = {}
+    for file in sorted(path.rglob("*")):
+        name = str(file.relative_to(path))
+        if file.is_file() and not (file.parent == path and name.startswith("process-")):
+            files[name] = part.files.get(name) or file_digests(file, 0)[1]
+    facts = {
+        "config_hash": tree_hash(config),
+        "epoch": record.epoch,
+        "row": record.row,
+        "data": record.data,
+        "mesh": mesh,
+        "versions": environment.get("packages", {}),
+    }
+    manifest = Manifest(record.step, files, arrays, part.shards, facts)
+    write_json(path / MANIFEST, manifests.encode(manifest))
+    remove_process_files(path)
     _mark(path).unlink(missing_ok=True)
-    return sum(files.values())
+    return manifest.nbytes
 
 
 def read_manifest(path: Path) -> Manifest:
     """Raises DamagedCheckpoint where it is missing, unreadable, of another format or of another step."""
-    raw = _read_json(path / MANIFEST)
-    try:
-        if raw["format"] != FORMAT:
-            raise DamagedCheckpoint(
-                f"{path} has checkpoint format {raw['format']}; this version reads format {FORMAT}; "
-                "use the version of jaxscale that wrote it"
-            )
-        arrays = {str(name): (tuple(map(int, a["shape"])), str(a["dtype"])) for name, a in raw["arrays"].items()}
-        manifest = Manifest(int(raw["step"]), {str(name): int(size) for name, size in raw["files"].items()}, arrays)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{path / MANIFEST} does not hold what a manifest holds ({error!r})") from error
+    manifest = manifests.decode(_read_json(path / MANIFEST), str(path / MANIFEST))
     if str(manifest.step) != path.name:
         raise DamagedCheckpoint(f"{path} says in its manifest that it is step {manifest.step}; it was moved or copied")
     return manifest
@@ -160,9 +147,10 @@ def read_record(path: Path) -> Record:
 
 
 def check_files(path: Path) -> Manifest:
-    """Checks that a step is sealed and that every file has the size it was written with. Returns its manifest.
+    """Checks that a step is sealed, that every file has its size, and that those without arrays have their digest.
 
-    Raises DamagedCheckpoint and names the file.
+    Returns its manifest. Files with arrays are verified by who reads them (`load_files.py`), or all at once
+    (`verify_step`). Raises DamagedCheckpoint and names the file.
     """
     try:
         is_finished = (path / COMMIT_FILE).is_file()
@@ -171,14 +159,26 @@ def check_files(path: Path) -> Manifest:
     if not is_finished:
         raise DamagedCheckpoint(f"{path} has no {COMMIT_FILE}: its save was never finished")
     manifest = read_manifest(path)
-    for name, size in manifest.files.items():
+    with_arrays = {shard.file for shards in manifest.shards.values() for shard in shards}
+    for name, entry in manifest.files.items():
         try:
             found = (path / name).stat().st_size
         except OSError as error:
             raise DamagedCheckpoint(f"{path / name} is missing ({error.strerror})") from error
-        if found != size:
-            raise DamagedCheckpoint(f"{path / name} has {found} bytes; it was written with {size}")
+        if found != entry.nbytes:
+            raise DamagedCheckpoint(f"{path / name} has {found} bytes; it was written with {entry.nbytes}")
+        if name not in with_arrays:
+            check_file(path / name, entry)
     return manifest
+
+
+def check_file(path: Path, entry: FileEntry) -> None:
+    """Raises DamagedCheckpoint where a file has not the bytes that it was written with."""
+    found = file_digests(path, 0)[1]
+    if found.nbytes != entry.nbytes:
+        raise DamagedCheckpoint(f"{path} has {found.nbytes} bytes; it was written with {entry.nbytes}")
+    if found.digest != entry.digest:
+        raise DamagedCheckpoint(f"{path} is damaged: its digest does not fit")
 
 
 def delete_step(path: Path) -> None:

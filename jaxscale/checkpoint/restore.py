@@ -16,26 +16,31 @@ import jax
 
 from jaxscale import config as config_library
 from jaxscale import environment as environment_library
-from jaxscale import tree
 from jaxscale.checkpoint import agree, layout
-from jaxscale.checkpoint.by_slice import as_stored, dealt
-from jaxscale.checkpoint.durable import describe, load_orbax
-from jaxscale.checkpoint.layout import DamagedCheckpoint, list_steps, newest_step
+from jaxscale.checkpoint.by_slice import as_stored
+from jaxscale.checkpoint.compare import StateMismatch, describe, differences
+from jaxscale.checkpoint.layout import list_steps, newest_step
+from jaxscale.checkpoint.load_files import load
+from jaxscale.checkpoint.manifest import Arrays, DamagedCheckpoint, Manifest
 from jaxscale.checkpoint.patience import STORAGE_SECONDS, UNBROKEN, Patience, may_pass
 from jaxscale.config import ConfigError
 from jaxscale.retry import Retry
 from jaxscale.train.protocols import Record
 
-__all__ = ["list_steps", "newest_step", "restore", "restore_newest", "restore_params", "resume_report"]
+__all__ = [
+    "StateMismatch",
+    "list_steps",
+    "newest_step",
+    "restore",
+    "restore_newest",
+    "restore_params",
+    "resume_report",
+]
 
 logger = logging.getLogger(__name__)
 
 Rejected = Callable[[int, str], None]
 """Told of each step that was refused, with the reason."""
-
-
-class StateMismatch(ConfigError):
-    """The checkpoint holds a state of other arrays than this run wants."""
 
 
 def restore(
@@ -54,15 +59,14 @@ def restore(
 
 
 def _restore(path: Path, abstract_state: Mapping[str, Any]) -> tuple[dict[str, Any], Record]:
-    def check() -> dict[str, Any]:
-        arrays = layout.check_files(path).arrays
-        stored = as_stored(abstract_state, arrays)
-        _compare(path, arrays, describe(stored), whole=True)
-        return stored
+    def check() -> Manifest:
+        manifest = layout.check_files(path)
+        _compare(path, manifest.arrays, describe(as_stored(abstract_state, manifest.arrays)), whole=True)
+        return manifest
 
-    stored = _raise_together(check)
+    manifest = _raise_together(check)
     record = _raise_together(lambda: layout.read_record(path))
-    return dealt(_load(path, stored, partial=False), abstract_state), record
+    return _load(path, manifest, abstract_state), record
 
 
 def restore_newest(
@@ -117,21 +121,8 @@ def _restore_params(path: Path, abstract_params: Mapping[str, Any], average: boo
     branch = "ema" if average and any(name.startswith("ema/") for name in manifest.arrays) else "params"
     wanted = {branch: abstract_params}
     _raise_together(lambda: _compare(path, manifest.arrays, describe(wanted), whole=False))
-    found: dict[str, Any] = _load(path, wanted, partial=True)[branch]
+    found: dict[str, Any] = _load(path, manifest, wanted)[branch]
     return found
-
-
-def differences(saved: layout.Arrays, wanted: layout.Arrays) -> list[str]:
-    """One line per array that the two trees do not share, by path, with both shapes and dtypes. Pure."""
-
-    def text(array: tuple[tuple[int, ...], str] | None) -> str:
-        return "absent" if array is None else f"{array[1]}[{','.join(map(str, array[0]))}]"
-
-    return [
-        f"{path}: checkpoint {text(saved.get(path))}, this run {text(wanted.get(path))}"
-        for path in sorted(saved.keys() | wanted.keys())
-        if saved.get(path) != wanted.get(path)
-    ]
 
 
 def resume_report(
@@ -160,7 +151,7 @@ def _is_placement(line: str) -> bool:
     return any(field == place or field.startswith(place + ".") for place in config_library.PLACEMENT)
 
 
-def _compare(path: Path, saved: layout.Arrays, wanted: layout.Arrays, *, whole: bool) -> None:
+def _compare(path: Path, saved: Arrays, wanted: Arrays, *, whole: bool) -> None:
     if not whole:
         saved = {name: array for name, array in saved.items() if name in wanted}
     lines = differences(saved, wanted)
@@ -172,22 +163,15 @@ def _compare(path: Path, saved: layout.Arrays, wanted: layout.Arrays, *, whole: 
         raise StateMismatch(f"{path} holds other arrays than this run:\n  {shown}\n{remedy}")
 
 
-def _load(path: Path, abstract: Mapping[str, Any], *, partial: bool) -> dict[str, Any]:
-    ocp = load_orbax()
-    wanted = tree.unflatten(tree.flatten(abstract))
-    context = ocp.Context()
-    context.pytree.loading.partial_load = partial
-    error: Exception | None = None
+def _load(path: Path, manifest: Manifest, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    error: DamagedCheckpoint | None = None
     state: dict[str, Any] = {}
     try:
-        with context:
-            state = ocp.load_checkpointables(path, {layout.STATE_ITEM: wanted})[layout.STATE_ITEM]
-        _compare(path, describe(state), describe(wanted), whole=True)
-    except Exception as caught:  # Orbax raises bare Exception for unreadable data
+        state = load(path, manifest, abstract)
+    except DamagedCheckpoint as caught:
         error = caught
     if not agree.everywhere(error is None):
-        reason = str(error).strip().split("\n")[0] if error else "another process could not read its part"
-        raise DamagedCheckpoint(f"{path} cannot be read: {reason}") from error
+        raise error or DamagedCheckpoint(f"{path} cannot be read: another process could not read its part; see its log")
     return state
 
 

@@ -213,7 +213,7 @@ def test_other_arrays_are_listed_before_anything_is_fetched(tmp_path):
     with pytest.raises(StateMismatch) as caught:
         assemble(make_abstract(mesh, shapes), choice, counted)
     text = str(caught.value)
-    assert "memory snapshot of step 1 holds other arrays" in text
+    assert "checkpoint of step 1 holds other arrays" in text
     assert "params/norm: checkpoint float32[5], this run float32[6]" in text
     assert "params/scale: checkpoint bfloat16[16], this run float32[16]" in text
     assert "key: checkpoint uint32[2], this run absent" in text

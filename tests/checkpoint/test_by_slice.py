@@ -6,7 +6,7 @@ import pytest
 
 from jaxscale import axes, tree
 from jaxscale.checkpoint.by_slice import as_stored, dealt
-from jaxscale.checkpoint.durable import describe
+from jaxscale.checkpoint.compare import describe
 
 
 def mesh_of(**sizes):

@@ -22,7 +22,7 @@ def _disk(tmp_path):
     path = tmp_path / "disk"
     path.mkdir()
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", path], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", path], capture_output=True, text=True, check=False
     )
     if done.returncode:
         pytest.skip(f"mounting a tiny file system is not allowed here: {done.stderr.strip()}")

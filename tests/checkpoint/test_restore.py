@@ -22,6 +22,7 @@ from jaxscale.checkpoint.restore import (
     resume_report,
 )
 from jaxscale.config import ConfigError
+from jaxscale.testing.checkpoints import flip
 
 
 @pytest.fixture(name="mesh")
@@ -55,7 +56,10 @@ def scramble(path):
 DAMAGE = {
     "data cut": lambda folder: cut(data_file(folder, 2)),
     "data missing": lambda folder: data_file(folder, 2).unlink(),
-    "index of the same size but nonsense": lambda folder: scramble(folder / "2" / "state" / "manifest.ocdbt"),
+    "one bit of an array": lambda folder: flip(data_file(folder, 2), 8 * 100 + 3),
+    "one bit behind an array": lambda folder: flip(data_file(folder, 2), -1),
+    "one bit of the manifest": lambda folder: flip(folder / "2" / "manifest.json", 8 * 300),
+    "layout of an array": lambda folder: scramble(folder / "2" / "state" / "params.embed" / "zarr.json"),
     "tree missing": lambda folder: (folder / "2" / "state" / "_METADATA").unlink(),
     "manifest missing": lambda folder: (folder / "2" / "manifest.json").unlink(),
     "manifest nonsense": lambda folder: (folder / "2" / "manifest.json").write_text("[]"),
@@ -203,5 +207,5 @@ def test_a_resume_of_another_recipe_is_refused():
 def test_another_format_is_refused(folder):
     path = folder / "2" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(DamagedCheckpoint, match="format 99; this version reads format 1"):
+    with pytest.raises(DamagedCheckpoint, match="format 99; this version reads format 2"):
         layout.check_files(folder / "2")

@@ -20,6 +20,7 @@ from jaxscale.generate.load import find_step, load_run
 from jaxscale.generate.text import generate_text
 from jaxscale.mesh import make_mesh
 from jaxscale.models.transformer_config import TransformerConfig
+from jaxscale.testing.checkpoints import rewrite
 from jaxscale.train.protocols import World
 from jaxscale.trainer import train
 
@@ -104,10 +105,10 @@ def test_any_mesh_says_the_same(run, once, capsys, mesh):
 def test_a_run_trained_with_a_kernel_of_other_devices(run, once, capsys, tmp_path):
     """Generation has an attention of its own, so a run of a GPU or a TPU generates anywhere."""
     folder = shutil.copytree(run[0], tmp_path / "run")
-    config = folder / "checkpoints" / "3" / "config.json"
-    text = config.read_text()
-    config.write_text(text.replace('"attention": "auto"', '"attention":"cudnn"'))
-    assert config.read_text() != text
+    step = folder / "checkpoints" / "3"
+    saved = json.loads((step / "config.json").read_text())
+    saved["model"]["attention"] = "cudnn"
+    rewrite(step, "config.json", json.dumps(saved))
     assert generated(capsys, folder, "--prompt", "Once ", *FLAGS) == f"Once {once}\n"
 
 
@@ -137,15 +138,10 @@ def test_rows_longer_than_the_training_are_noted(run, capsys):
 def test_matrices_are_kept_in_the_compute_dtype(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run[0], folder)
-    path = folder / "checkpoints" / "3" / "config.json"
-    saved = json.loads(path.read_text())
-    size = path.stat().st_size
+    step = folder / "checkpoints" / "3"
+    saved = json.loads((step / "config.json").read_text())
     saved["precision"]["compute"] = "bfloat16"
-    path.write_text(json.dumps(saved).ljust(size))
-    manifest = path.parent / "manifest.json"
-    table = json.loads(manifest.read_text())
-    table["files"]["config.json"] = path.stat().st_size
-    manifest.write_text(json.dumps(table))
+    rewrite(step, "config.json", json.dumps(saved))
     loaded = load_run(folder, find_step(folder, None), on="", devices=1, mesh=MeshConfig())
     assert loaded.params["layers"]["attention"]["q"].dtype == loaded.params["embed"]["table"].dtype == "bfloat16"
     assert loaded.params["layers"]["mlp_norm"]["scale"].dtype == loaded.params["norm"]["scale"].dtype == "float32"

@@ -143,7 +143,7 @@ def test_a_rejected_checkpoint_is_an_event_with_everything_to_find_it_by(tmp_pat
     """The newest of two lacks a file: its name, its step and its folder are told, once, before `restored`."""
     folder = shutil.copytree(eight, tmp_path / "run")
     assert train(folder, *CONSTANT, "--steps", 9) is ExitReason.COMPLETED
-    name = max(read_manifest(folder / "checkpoints" / "9").files.items(), key=lambda item: item[1])[0]
+    name = max(read_manifest(folder / "checkpoints" / "9").files.items(), key=lambda item: item[1].nbytes)[0]
     (folder / "checkpoints" / "9" / name).unlink()
     before = len(events(folder))
     assert train(folder, *CONSTANT, "--steps", 9) is ExitReason.COMPLETED
