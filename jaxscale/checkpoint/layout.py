@@ -18,6 +18,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from jaxscale.checkpoint import manifest as manifests
 from jaxscale.checkpoint.manifest import Arrays, DamagedCheckpoint, FileEntry, Manifest
 from jaxscale.checkpoint.written import Part, file_digests, remove_process_files
@@ -90,13 +92,15 @@ def begin(path: Path) -> None:
     _mark(path).touch()
 
 
-def seal(path: Path, record: Record, arrays: Arrays, part: Part, mesh: Mapping[str, int]) -> int:
+def seal(path: Path, record: Record, arrays: Arrays, part: Part, mesh: Mapping[str, int], *, commit: str = "") -> int:
     """Writes record, config, environment and last the manifest into a step that Orbax has committed. Returns its bytes.
 
-    `part`: what all processes together have written. Raises OSError where the disk does not take it, and
+    `part`: what all processes together have written. `commit`: text of the commit file, where Orbax has not written it;
+    it then comes after the manifest. Raises OSError where the disk does not take it, and
     DamagedCheckpoint where a file cannot be read back; the step then does not exist, and this may be called again.
     """
-    (path / MANIFEST).unlink(missing_ok=True)  # of an attempt that failed behind it
+    for name in (COMMIT_FILE, MANIFEST) if commit else (MANIFEST,):
+        (path / name).unlink(missing_ok=True)  # of an attempt that failed behind it
     for left in path.rglob("*" + PARTIAL):
         left.unlink()
     fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
@@ -109,6 +113,8 @@ def seal(path: Path, record: Record, arrays: Arrays, part: Part, mesh: Mapping[s
         name = str(file.relative_to(path))
         if file.is_file() and not (file.parent == path and name.startswith("process-")):
             files[name] = part.files.get(name) or file_digests(file, 0)[1]
+    if commit:
+        files[COMMIT_FILE] = FileEntry(len(commit.encode()), xxhash.xxh3_128_hexdigest(commit.encode()))
     facts = {
         "config_hash": tree_hash(config),
         "epoch": record.epoch,
@@ -119,6 +125,8 @@ def seal(path: Path, record: Record, arrays: Arrays, part: Part, mesh: Mapping[s
     }
     manifest = Manifest(record.step, files, arrays, part.shards, facts)
     write_json(path / MANIFEST, manifests.encode(manifest))
+    if commit:
+        write_text(path / COMMIT_FILE, commit)
     remove_process_files(path)
     _mark(path).unlink(missing_ok=True)
     return manifest.nbytes
@@ -207,11 +215,15 @@ def write_json(path: Path, value: Any) -> None:
 
     Only a kill leaves something beside it, `<name>.partial`, which the next one to write the file writes over.
     """
+    write_text(path, json.dumps(value, indent=1, default=dict, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `write_json`, of a text."""
     partial = path.with_name(path.name + PARTIAL)
     try:
         with open(partial, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, default=dict, allow_nan=False)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -1,0 +1,110 @@
+"""From a sealed memory slot to its part of a durable step: each shard becomes a file, its digest checked on the way.
+
+No JAX and no tensorstore: an uncompressed chunk of a zarr array is the shard's bytes as they lie in the slot, so its
+digest is the file's. Nothing holds the slot, which may be written over at any moment: then a digest does not fit, and
+the attempt has failed. Read next: `finalise.py`, which makes all hosts' parts a step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from jaxscale.checkpoint.boxes import lengths, volume
+from jaxscale.checkpoint.layout import STATE_ITEM, write_json
+from jaxscale.checkpoint.manifest import FileEntry, StoredShard
+from jaxscale.checkpoint.slot import SlotError, read_slot
+from jaxscale.checkpoint.slot_file import CHUNK_BYTES, chunks, open_for_reading, read_into
+from jaxscale.checkpoint.slot_format import Shard, SlotTable
+from jaxscale.checkpoint.written import Part, array_folder, part_to_json, process_file
+from jaxscale.checkpoint.zarr_files import chunk_file
+from jaxscale.track import lines
+
+
+def persist(slots: Iterable[Path], job: str, epoch: int, step: int, folder: Path) -> int:
+    """Writes what one of the slots holds of a step below the step's `folder`, and says so in a file there.
+
+    Returns the bytes written; all of them are on the disk when it returns. Raises SlotError where no slot holds the
+    step, or it was written over meanwhile, and OSError.
+    """
+    reasons = []
+    for path in slots:
+        try:
+            table = read_slot(path, job)
+        except SlotError as error:
+            reasons.append(str(error))
+            continue
+        if (table.epoch, table.step) == (epoch, step):
+            return _persist(path, table, folder)
+        reasons.append(f"{path.name} holds step {table.step} of epoch {table.epoch}")
+    raise SlotError(f"step {step} of epoch {epoch} is in no slot: {'; '.join(reasons) or 'there are none'}")
+
+
+def _persist(path: Path, table: SlotTable, folder: Path) -> int:
+    shards: dict[str, tuple[StoredShard, ...]] = {}
+    files = {}
+    source = open_for_reading(path)
+    made: set[Path] = set()
+    try:
+        for shard in table.shards:
+            if not volume(shard.box):
+                continue
+            name = f"{STATE_ITEM}/{array_folder(shard.path)}/{chunk_file(shard.path, shard.box, lengths(shard.box))}"
+            target = folder / name
+            if target.parent not in made:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                made.add(target.parent)
+            _copy(source, path, shard, target)
+            stored = StoredShard(shard.box, shard.nbytes, shard.digest, name, 0)
+            shards[shard.path] = (*shards.get(shard.path, ()), stored)
+            files[name] = FileEntry(shard.nbytes, shard.digest)
+    finally:
+        os.close(source)
+    for parent in made:
+        _sync_folder(parent)
+    write_json(folder / process_file(table.rank), part_to_json(Part(shards, files)) | {"table": _said(table)})
+    return sum(entry.nbytes for entry in files.values())
+
+
+def _said(table: SlotTable) -> dict[str, Any]:
+    """What the one who makes the step of it must know of the state."""
+    return {
+        "epoch": table.epoch,
+        "step": table.step,
+        "arrays": {path: [list(info.shape), info.dtype] for path, info in table.arrays.items()},
+        "record": lines.mark(table.record),
+    }
+
+
+def _copy(source: int, path: Path, shard: Shard, target: Path) -> None:
+    buffer = np.empty(min(CHUNK_BYTES, shard.nbytes), np.uint8)
+    digest = xxhash.xxh3_128()
+    file = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        for start, stop in chunks(shard.offset, shard.offset + shard.nbytes):
+            part = buffer[: stop - start]
+            if read_into(source, part, start) != stop - start:
+                raise SlotError(f"{path}: {shard.name} is cut short")
+            digest.update(part)
+            view = memoryview(part)
+            while view:
+                view = view[os.write(file, view) :]
+        if digest.hexdigest() != shard.digest:
+            raise SlotError(f"{path}: {shard.name} is damaged or was written over while it was read")
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _sync_folder(path: Path) -> None:
+    """A file is on the disk for good when its name is."""
+    file = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
