@@ -60,7 +60,8 @@ class DurableCheckpoints:
 
     All processes of a world make one and call it at the same steps. `event` receives `sealed` and `alarm` lines;
     `before_seal` runs in the background on process 0 just before a step comes to exist (it makes metrics.jsonl
-    durable). `restored` is the step this process started from: that one lies on disk and is not written again.
+    durable). `since` says from which step on saves are wanted, -1: not yet; the same on all processes.
+    `restored` is the step this process started from: that one lies on disk and is not written again.
     `refused` are steps that restore could not read: they do not count among those kept, and go with the next save.
     """
 
@@ -70,12 +71,14 @@ class DurableCheckpoints:
         every: int,
         keep: int,
         *,
+        since: Callable[[], int] = lambda: 0,
         restored: int | None = None,
         refused: Collection[int] = (),
         event: Event | None = None,
         before_seal: Callable[[], None] | None = None,
     ) -> None:
         self._folder, self._every, self._keep = folder.absolute(), every, keep
+        self._since, self._answer = since, (-1, False)
         self._event: Event = event or (lambda *_, **__: None)
         self._before_seal = before_seal or (lambda: None)
         self._saved = {restored}
@@ -88,8 +91,12 @@ class DurableCheckpoints:
             logger.info("deleted the unfinished saves of steps %s", ", ".join(left))
 
     def wants(self, step: int) -> bool:
-        """Whether a save is due after this step."""
-        return self._every > 0 and step % self._every == 0
+        """Whether a save is due after this step; the same answer however often it is asked."""
+        if self._every <= 0 or step % self._every:
+            return False
+        if step != self._answer[0]:
+            self._answer = step, 0 <= self._since() <= step
+        return self._answer[1]
 
     def offer(self, step: int, state: Mapping[str, Any], record: Record, *, final: bool = False) -> None:
         """Starts saving the state after `step` updates, and returns while it is being written.

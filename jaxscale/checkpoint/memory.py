@@ -57,9 +57,14 @@ class MemorySnapshots:
         verdicts: Verdicts,
         notify: Notify,
         cadence: Cadence = lambda: (-1, 0),
+        also: int = 0,
+        kept: Callable[[], int] = lambda: -1,
         final_seconds: float = FINAL_SECONDS,
     ) -> None:
         """`every`: steps between snapshots, 0 for none but the last one. Touches nothing before the first `offer`.
+
+        `also`: every so many steps there is one whatever the cadence, because that step is to be made durable.
+        `kept`: the step that is being made durable just now; its slot is not written over, but by the last snapshot.
 
         `cadence` is looked at after each step and may change `every`, at a step that is the same for all workers.
 
@@ -69,6 +74,7 @@ class MemorySnapshots:
         self._folder, self._job, self._host, self._rank, self._epoch = folder, job, host, rank, epoch
         self._every, self._verdicts, self._notify, self._final_seconds = every, verdicts, notify, final_seconds
         self._cadence, self._since, self._answer = cadence, 0, (-1, False)
+        self._also, self._kept = also, kept
         self._files = [folder / f"gen-{generation}" for generation in range(generations)]
         self._writers: list[SlotWriter | None] = [None] * generations
         self._held: list[Sealed | None] | None = None
@@ -88,7 +94,8 @@ class MemorySnapshots:
             since, every = self._cadence()
             if every > 0 and step >= since:
                 self._since, self._every = max(0, since), every
-            self._answer = step, (step - self._since) % self._every == 0
+            is_durable = self._also > 0 and step % self._also == 0
+            self._answer = step, is_durable or (step - self._since) % self._every == 0
         return self._answer[1]
 
     def offer(self, step: int, state: Mapping[str, Any], record: Record, *, final: bool = False) -> None:
@@ -116,7 +123,7 @@ class MemorySnapshots:
         committed, decided = self._verdicts()
         if step <= committed or (step, self._epoch) in held:
             return  # it is safe already
-        generation = free_generation(held, self._epoch, committed, decided)
+        generation = free_generation(held, self._epoch, committed, decided, -1 if final else self._kept())
         if generation is None and final:
             generation = self._wait_for_generation(step, held)
         if generation is None:
@@ -237,8 +244,10 @@ class _Layout:
     shards: list[tuple[str, Box]]
 
 
-def is_free(held: Sequence[Sealed | None], generation: int, epoch: int, committed: int, decided: int) -> bool:
-    """Whether a worker of `epoch` may overwrite a slot. Pure.
+def is_free(
+    held: Sequence[Sealed | None], generation: int, epoch: int, committed: int, decided: int, kept: int = -1
+) -> bool:
+    """Whether a worker of `epoch` may overwrite a slot. Pure. `kept`: the step that is being made durable.
 
     The newest committed step stays; of two slots with it the one of the later epoch, or a host could be left without a
     slot to write. Steps of this epoch stay until they are decided; those of earlier ones were, when this one formed.
@@ -248,16 +257,18 @@ def is_free(held: Sequence[Sealed | None], generation: int, epoch: int, committe
     if slot is None:
         return True
     step, writer = slot
-    if writer > epoch:
+    if writer > epoch or step == kept:
         return False
     if step == committed:
         return slot != max(other for other in held if other is not None and other[0] == committed)
     return writer < epoch or step <= decided
 
 
-def free_generation(held: Sequence[Sealed | None], epoch: int, committed: int, decided: int) -> int | None:
+def free_generation(
+    held: Sequence[Sealed | None], epoch: int, committed: int, decided: int, kept: int = -1
+) -> int | None:
     """The slot to write next: a void one, else the oldest that may be overwritten, else None. Pure."""
-    free = [index for index in range(len(held)) if is_free(held, index, epoch, committed, decided)]
+    free = [index for index in range(len(held)) if is_free(held, index, epoch, committed, decided, kept)]
     return min(free, key=lambda index: held[index] or (-1, -1), default=None)
 
 

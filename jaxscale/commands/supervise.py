@@ -208,7 +208,8 @@ def run_agent(args: Sequence[str], prog: str | None = None) -> int:
     _check_ranges(command, slice=-1, devices=0, takeover_after=0)
     launch.check_packages()
     quiet_terminal()
-    from jaxscale.supervisor.agent import Agent, AgentOptions
+    from jaxscale.supervisor.agent import Agent
+    from jaxscale.supervisor.agent_options import AgentOptions
     from jaxscale.supervisor.job_token import read_token
     from jaxscale.supervisor.maintenance import Maintenance
 

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jaxscale.cache import cache_folder
 from jaxscale.checkpoint.slot import verify
 from jaxscale.retry import Change
+from jaxscale.supervisor.agent_options import AgentOptions
 from jaxscale.supervisor.children import Child, Exit, ZygoteFailed, become_subreaper
 from jaxscale.supervisor.copier import Copier, Sealed
 from jaxscale.supervisor.copies import CopyStore
@@ -28,14 +29,14 @@ from jaxscale.supervisor.departure import Departure
 from jaxscale.supervisor.estate import Estate, Heir, heir_of, read_estate
 from jaxscale.supervisor.host_folder import HostFolder
 from jaxscale.supervisor.inventory import COPIES, OWN, scan
-from jaxscale.supervisor.job_token import Token
 from jaxscale.supervisor.jobs import WorkerJob
 from jaxscale.supervisor.link import Link, LinkOptions
 from jaxscale.supervisor.mailbox import Letters
-from jaxscale.supervisor.maintenance import Maintenance, notice
+from jaxscale.supervisor.maintenance import notice
 from jaxscale.supervisor.peer_server import PeerServer
+from jaxscale.supervisor.persister_keeper import PersisterKeeper
 from jaxscale.supervisor.records import VERDICTS, VerdictRecord, Verdicts
-from jaxscale.supervisor.rpc import VERSION, Tls
+from jaxscale.supervisor.rpc import VERSION
 from jaxscale.supervisor.voter import host_voter
 from jaxscale.supervisor.worker_view import WorkerView
 from jaxscale.supervisor.zygote import ForkError
@@ -52,27 +53,6 @@ ALONE_SECONDS = 10.0
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class AgentOptions:
-    """Who this agent is and where it finds the others."""
-
-    job: str
-    host: str
-    slice: int
-    devices: int
-    """Devices to emulate on this host; 0 = the real ones."""
-    coordinator: str
-    token: Token
-    shared_memory: Path
-    """Folder of the job's hosts; this one makes its own below it."""
-    listen: str = "127.0.0.1"
-    """Address of this host, at which the others reach its slot server and its epochs' services."""
-    takeover_after: float = 2.0
-    """Seconds without any coordinator after which this host starts one; 0: never."""
-    maintenance: Maintenance = field(default_factory=Maintenance)
-    tls: Tls | None = None
-
-
 class Agent:
     """Runs in one event loop; no method blocks for longer than a look at a file."""
 
@@ -80,6 +60,7 @@ class Agent:
         self._options = options
         self.folder = options.shared_memory / options.host
         self._keeper = ZygoteKeeper(self.folder, options.devices, self._say, self._preempted)
+        self._persister = PersisterKeeper(self.folder, options.job, self._say)
         self._worker: Child | None = None
         self._service: Child | None = None
         self._children: set[Child] = set()
@@ -235,8 +216,10 @@ class Agent:
             case "fence":
                 await self._fence(message["epoch"], message.get("stacks", False))
             case "verdict":
-                fields = ("committed", "decided", "since", "every")
-                self._verdicts.write(Verdicts(*(message[name] for name in fields)))
+                self._verdicts.write(Verdicts(*(message[field.name] for field in dataclasses.fields(Verdicts))))
+            case "persist":
+                if message["epoch"] > self._fenced:
+                    self._persister.order(message["epoch"], message["step"], Path(message["target"]))
             case "drain" | "handover" as how:
                 if self._worker is not None:
                     self._worker.send(STOP_SIGNALS[how])
@@ -323,6 +306,7 @@ class Agent:
             child.kill()
         if self._copier is not None:
             self._copier.stop()
+        self._persister.stop()
         await asyncio.gather(*(child.wait() for child in old))
         self._say("fenced", epoch=epoch, copies=scan(self.folder, self._options.job))
 
@@ -388,6 +372,7 @@ class Agent:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.gather(*(child.wait() for child in list(self._children))), 5)
         await self._keeper.close()
+        await self._persister.close()
         if self._copier is not None:
             self._copier.stop()
         self._server.close()

@@ -112,5 +112,10 @@ def choose(costs: Costs, current: Cadence, steps: Sequence[float], seconds: floa
     every, before = steps_between(blocked, step, between), current.every
     if every == before or max(every, before) < NOTICEABLE * min(every, before):
         return None
-    ahead = max(2, math.ceil(NOTICE_SECONDS / step))
-    return Choice(Cadence(reached + ahead, every), blocked, step, between)
+    return Choice(Cadence(reached + notice_steps(steps), every), blocked, step, between)
+
+
+def notice_steps(steps: Sequence[float]) -> int:
+    """Steps until all workers have read what is decided now. steps: seconds of the newest ones."""
+    step = statistics.median(steps) if steps else 0.0
+    return max(2, math.ceil(NOTICE_SECONDS / step)) if step > 0 else 100

@@ -27,7 +27,7 @@ from jaxscale.run_directory import RunDirectory
 from jaxscale.supervisor import rpc
 from jaxscale.supervisor.admission import check_shape, read_hello
 from jaxscale.supervisor.ballot import WITNESS, Ballot, host_of
-from jaxscale.supervisor.facts import Action, Finish, Host, Hosts, Judge, Note, Settings, Start, Tell
+from jaxscale.supervisor.facts import Action, Finish, Host, Hosts, Judge, Note, Settings, Start, Store, Tell
 from jaxscale.supervisor.inventory import best_choice
 from jaxscale.supervisor.job_token import Token
 from jaxscale.supervisor.journal import Journal
@@ -36,6 +36,8 @@ from jaxscale.supervisor.quorum import Acceptor, AskAccept, QuorumError, Term
 from jaxscale.supervisor.refusals import Refusals
 from jaxscale.supervisor.rpc import Message, NameTaken, Refused, Server, Tls
 from jaxscale.supervisor.states import DEPOSED
+from jaxscale.supervisor.status_answer import status_answer
+from jaxscale.supervisor.storekeeper import Storekeeper
 from jaxscale.supervisor.voter import ask_to_json, reply_from_json
 from jaxscale.supervisor.witness import Witness
 from jaxscale.supervisor.worlds import Request
@@ -82,7 +84,8 @@ class Coordinator:
     def __init__(self, options: CoordinatorOptions, config: Config, judge: Judge, directory: RunDirectory) -> None:
         self._options, self._config, self._directory = options, config, directory
         memory = config.memory
-        settings = Settings(config.steps, memory.every, memory.generations, memory.replicas)
+        durable = (config.checkpoint.every, layout.newest_step(directory.checkpoints) or -1, str(directory.checkpoints))
+        settings = Settings(config.steps, memory.every, memory.generations, memory.replicas, *durable)
         if options.invite:  # hosts have heard nobody for some time: who can come to this one does so at once
             settings = dataclasses.replace(settings, adopt_seconds=INVITED_SECONDS)
         self.machine = Machine(settings, judge, self._source, directory.epoch - 1, time.monotonic())
@@ -95,6 +98,7 @@ class Coordinator:
         """When a voter was asked for a promise (-1) or a decision."""
         self._invited = self._beaten = 0.0
         self._unanswered_since, self._is_told, self._wants_end = self._began, False, False
+        self._store = Storekeeper(directory.checkpoints, directory.metrics, config.checkpoint.keep, self._stored)
         self._tasks: set[asyncio.Task[None]] = set()
         self._sends: dict[str, asyncio.Queue[Mapping[str, Any]]] = {}
         self._voters: dict[str, str] = {}
@@ -104,6 +108,7 @@ class Coordinator:
 
     async def run(self) -> Finish:
         """Serves until the run is over. Raises OSError where it cannot listen."""
+        self._loop = asyncio.get_running_loop()
         server = Server(self._options.token, self._session, self._ask, self._refused, self._options.tls)
         self._address = server.bind(self._options.listen)
         try:
@@ -115,6 +120,7 @@ class Coordinator:
             await server.serve()
             return await self._lead()
         finally:
+            self._store.close()
             await server.stop()
             self._journal.retry(at_once=True)
 
@@ -265,9 +271,18 @@ class Coordinator:
                 case Note():
                     self._directory.epoch = max(1, self.machine.number)
                     self._journal.event(action.kind, **action.fields)
+                case Store():
+                    self._store.do(action)
                 case Finish():
                     self._finish = action
                     self._over.set()
+
+    def _stored(self, what: Store, reason: str, size: int) -> None:
+        """Called in the storekeeper's thread."""
+        with contextlib.suppress(RuntimeError):  # this coordinator has ended meanwhile
+            self._loop.call_soon_threadsafe(
+                self._hear, lambda: self.machine.stored(what, reason, size, time.monotonic()), []
+            )
 
     def _propose(self) -> None:
         actions, self.machine.actions = self.machine.actions, []
@@ -352,29 +367,12 @@ class Coordinator:
     async def _ask(self, message: Message) -> Message:
         match message.get("ask"):
             case "status":
-                return self._status()
+                return status_answer(self.machine, self._ballot)
             case "drain":
                 self.drain(str(message.get("reason", "asked to")))
                 return {"ok": True}
             case other:
                 raise ValueError(f"a coordinator can be asked for status and drain, not for {other!r}")
-
-    def _status(self) -> Message:
-        machine = self.machine
-        epoch = machine.epoch
-        return {
-            "state": machine.state.value,
-            "term": list(self._ballot.term),
-            "missing_votes": self._ballot.missing,
-            "epoch": machine.number,
-            "members": list(epoch.world.members) if epoch is not None else [],
-            "mesh": dict(epoch.world.mesh) if epoch is not None else {},
-            "committed": epoch.commits.committed if epoch is not None else -1,
-            "hosts": {
-                name: {"slice": host.slice, "connected": host.is_connected, "progress": dict(host.progress)}
-                for name, host in machine.hosts.items()
-            },
-        }
 
     def _refused(self, peer: str, reason: str) -> None:
         if line := self._refusals.refused(peer, reason, time.monotonic()):

@@ -13,6 +13,7 @@ from jaxscale.checkpoint.cover import Damaged
 from jaxscale.supervisor import evidence as ev
 from jaxscale.supervisor.budget import Mark
 from jaxscale.supervisor.commits import MemoryCommits
+from jaxscale.supervisor.persisting import Persisting
 from jaxscale.supervisor.states import State
 
 LEASE_SECONDS = 2.0
@@ -43,7 +44,18 @@ class Finish:
     text: str
 
 
-Action = Tell | Note | Finish
+@dataclass(frozen=True)
+class Store:
+    """Something to do in the durable tier; `Machine.stored` is told how it went."""
+
+    what: Literal["room", "finalise"]
+    step: int
+    epoch: int
+    ranks: int
+    mesh: Mapping[str, int]
+
+
+Action = Tell | Note | Finish | Store
 
 
 @dataclass
@@ -110,6 +122,7 @@ class Epoch:
     service: str
     """Host of the coordination service."""
     commits: MemoryCommits
+    persisting: Persisting = field(default_factory=lambda: Persisting((), 0, -1))
     address: str = ""
     started: set[str] = field(default_factory=set)
     begun: set[str] = field(default_factory=set)
@@ -120,6 +133,8 @@ class Epoch:
     """Where they finished."""
     kept: str = ""
     """Tier that holds the state of that step, as its workers said: `durable`, or `memory`."""
+    plain: int = -1
+    """From this step on its workers save into the durable tier themselves; -1 = not."""
     is_closing: bool = False
     """All ended well, and the hosts were asked what they hold."""
 
@@ -201,6 +216,12 @@ class Settings:
     """Steps between memory checkpoints; 0 = none; `auto`: from measured cost (`cadence.py`)."""
     generations: int
     replicas: int
+    durable_every: int = 0
+    """Steps between durable checkpoints; 0 = only the last state."""
+    durable: int = -1
+    """The newest durable step there is at the start."""
+    checkpoints: str = ""
+    """Folder of the durable steps, as all hosts see it."""
     lease_seconds: float = LEASE_SECONDS
     adopt_seconds: float = 5.0
     """How long a coordinator that takes over waits for all members of the world; who is not there then is lost."""

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxscale.supervisor import evidence as ev
-from jaxscale.supervisor.cadence import AUTO, choose
-from jaxscale.supervisor.facts import Epoch, Host, Note
+from jaxscale.supervisor.cadence import AUTO, choose, notice_steps
+from jaxscale.supervisor.facts import Epoch, Host, Note, Store
 from jaxscale.supervisor.limits import Kind, suspects
 from jaxscale.supervisor.records import SECTIONS
 from jaxscale.supervisor.reports import evidence_of, rejection_of
@@ -26,6 +26,9 @@ PAUSE_SECONDS = 0.5
 
 SILENT_SECONDS = 0.6
 """Since an agent's last heartbeat (it sends five a second): its worker may have gone on meanwhile."""
+
+NO_MEMORY = "memory checkpoint failed"
+"""What an alarm of a worker says that has no memory tier any more (`supervised_run.py`)."""
 
 SAID_ONCE = frozenset({"worker_exit", "service_exit", "error", "finished", "kept"})
 """Words that no agent repeats."""
@@ -108,6 +111,8 @@ class Machine(Transitions):
             self._preempted(host, now)
         elif kind == "alarm":
             self.actions.append(Note("alarm", {"what": message["what"], "detail": message["detail"]}))
+            if message["what"] == NO_MEMORY and epoch is not None and name in epoch.world.members:
+                self._without_memory(epoch)
         elif kind == "fenced":
             host.fenced = max(host.fenced, int(message["epoch"]))
             host.copies, host.is_deaf = list(message["copies"]), False
@@ -149,6 +154,12 @@ class Machine(Transitions):
                 self._announce(epoch, commits.copied(name, message["step"], message["holder"]))
             case "slot_uncopied":
                 self._announce(epoch, commits.uncopied(name, message["step"]))
+            case "persisted":
+                if epoch.persisting.written(name, int(message["step"]), now):
+                    ranks, mesh = len(epoch.world.members), dict(epoch.world.mesh)
+                    self.actions.append(Store("finalise", message["step"], epoch.number, ranks, mesh))
+            case "unpersisted":
+                self._unpersisted(epoch, int(message["step"]), f"{name}: {message['reason']}", now)
             case "stacks":
                 self.actions.append(Note("stacks", {"host": name, "text": message["text"]}))
             case "rejected":
@@ -176,6 +187,49 @@ class Machine(Transitions):
         if not self._is_over():  # what ends in a fault says nothing about how long things take
             self.pace = pace
 
+    # The durable tier
+
+    def _persist(self, epoch: Epoch, now: float) -> None:
+        """Makes the newest committed step durable, where that is due."""
+        persisting = epoch.persisting
+        if persisting.is_stuck(now):
+            self._unpersisted(epoch, persisting.step, f"{persisting.phase} takes too long", now)
+        # The last state is saved by the workers themselves, in this very place.
+        if epoch.commits.committed < self.settings.steps and persisting.begins(epoch.commits.committed, now):
+            ranks, mesh = len(epoch.world.members), dict(epoch.world.mesh)
+            self.actions.append(Store("room", persisting.step, epoch.number, ranks, mesh))
+            self._announce(epoch, True)
+
+    def stored(self, what: Store, reason: str, size: int, now: float) -> None:
+        """How it went what a `Store` had asked for; the reason is empty where it went well."""
+        epoch = self.epoch if self.epoch is not None and self.epoch.number == what.epoch else None
+        if what.what == "finalise" and not reason:
+            self.durable = max(self.durable, what.step)
+            fields: dict[str, Any] = {"tier": "durable", "step": what.step, "bytes": size}
+            if epoch is not None:
+                fields["seconds"] = round(now - epoch.persisting.began, 4)
+                epoch.persisting.sealed(what.step)
+                self._announce(epoch, True)  # the slots are free again
+            self.actions.append(Note("sealed", {**fields, "blocked_seconds": 0.0}))
+        elif epoch is not None and reason:
+            self._unpersisted(epoch, what.step, reason, now)
+        elif epoch is not None and not self._is_over() and epoch.persisting.has_room(what.step, now):
+            target = f"{self.settings.checkpoints}/{what.step}"
+            for name in epoch.world.members:
+                self._tell(name, do="persist", epoch=epoch.number, step=what.step, target=target)
+
+    def _unpersisted(self, epoch: Epoch, step: int, reason: str, now: float) -> None:
+        if epoch.persisting.failed(step, now):
+            self.actions.append(Note("alarm", {"what": "save failed", "detail": f"step {step}: {reason}"}))
+            self._announce(epoch, True)
+
+    def _without_memory(self, epoch: Epoch) -> None:
+        """No step is committed any more in this epoch: its workers save into the durable tier themselves."""
+        if epoch.plain < 0 and self.settings.durable_every:
+            steps = self.pace.durations.get(Kind("step", world=len(epoch.world.members)), ())
+            epoch.plain = self.reached.step + notice_steps(steps)
+            self._announce(epoch, True)
+
     # Time and people
 
     def tick(self, now: float) -> None:
@@ -192,6 +246,8 @@ class Machine(Transitions):
             self._check_deadline(epoch, now)
             if sealed := epoch.commits.news(now):
                 self.actions.append(Note("sealed", {"tier": "memory", **sealed}))
+            if self.state is State.RUNNING:
+                self._persist(epoch, now)
             if self.settings.every == AUTO and self.state is State.RUNNING:
                 self._set_cadence(epoch, now)
         self._proceed(now)

@@ -9,6 +9,7 @@ the writer makes the counter odd, writes, makes it even; a reader that saw it ch
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 import os
 import struct
@@ -33,7 +34,7 @@ _SEQUENCE = struct.Struct("=Q")
 _HEAD = struct.Struct("=QQqIIq")  # epoch, pid, step, section, finished, entered
 _ENDED = struct.Struct("=Id")  # sections of this kind ended so far, padding by the double
 _DURATION = struct.Struct("=f")
-_DECIDED = struct.Struct("=qqqq")
+_DECIDED = struct.Struct("=qqqqqq")
 _SECTION_BYTES = 16 + HISTORY * _DURATION.size
 PROGRESS_BYTES = 4096
 VERDICT_BYTES = 64
@@ -73,6 +74,10 @@ class Verdicts:
     """From this step on a checkpoint is due every `every` steps."""
     every: int = 0
     """0 = nothing was decided about it: the worker goes on as it does (`cadence.py`)."""
+    keep: int = -1
+    """The step whose slots are being made durable: they are not written over; -1 = none."""
+    plain: int = -1
+    """From this step on workers save into the durable tier themselves, since a host has no memory tier; -1 = not."""
 
 
 class _Record:
@@ -183,7 +188,7 @@ class VerdictRecord:
         self._record = _Record(path, VERDICT_BYTES, create=create)
 
     def write(self, verdicts: Verdicts) -> None:
-        fields = verdicts.committed, verdicts.decided, verdicts.since, verdicts.every
+        fields = dataclasses.astuple(verdicts)
         self._record.write(lambda data: _DECIDED.pack_into(data, _SEQUENCE.size, *fields))
 
     def read(self) -> Verdicts:

@@ -5,18 +5,20 @@ Read next: `memory_restore.py`, `../checkpoint/memory.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxscale.checkpoint.cover import Location, Source
+from jaxscale.checkpoint.layout import is_sealed, step_folder
 from jaxscale.checkpoint.slot import SlotError
 from jaxscale.config import Config
 from jaxscale.recipe import Hooks
 from jaxscale.supervisor.inventory import OWN
 from jaxscale.supervisor.jobs import WorkerJob
 from jaxscale.supervisor.mailbox import Mailbox
-from jaxscale.supervisor.records import VERDICTS, TornRecord, VerdictRecord
+from jaxscale.supervisor.records import VERDICTS, TornRecord, VerdictRecord, Verdicts
 from jaxscale.supervisor.world_stop import HANDOVER, WorldStop
 from jaxscale.train.protocols import MetricsSink, Record, Snapshot, Start, World
 from jaxscale.world import gather_text
@@ -24,6 +26,11 @@ from jaxscale.world import gather_text
 if TYPE_CHECKING:
     from jaxscale.retry import Change
     from jaxscale.supervisor.ahead import CompileAhead
+
+
+PERSISTED_SECONDS = 60.0
+"""How long the last save waits for persisters that are about the same step."""
+POLL_SECONDS = 0.02
 
 
 class SupervisedRun:
@@ -47,7 +54,10 @@ class SupervisedRun:
         self._mailbox, self._stop, self._hooks = mailbox, stop, hooks
         self._tiers: list[Snapshot] = []
         self._memory: Snapshot | None = None
+        self._plain: Callable[[], int] = lambda: 0
+        """From which step on workers save into the durable tier themselves; -1: persisters do it, from memory."""
         self._sinks: list[MetricsSink] = []
+        self._being_persisted: Callable[[], int] = lambda: -1
         self._restored: int | None = None
         self._unreadable: set[int] = set()
         self._kept = ""
@@ -98,11 +108,14 @@ class SupervisedRun:
                 found = verdicts.read()
                 return found.committed, found.decided
 
-            def cadence() -> tuple[int, int]:
+            def told() -> Verdicts:
                 try:
-                    found = verdicts.read()
+                    return verdicts.read()
                 except TornRecord:  # the agent died amid a change; the next one writes it anew
-                    return -1, 0
+                    return Verdicts(-1, -1)
+
+            def cadence() -> tuple[int, int]:
+                found = told()
                 return found.since, found.every
 
             memory = MemorySnapshots(
@@ -115,8 +128,11 @@ class SupervisedRun:
                 generations=job.generations,
                 verdicts=decided,
                 cadence=cadence,
+                also=config.checkpoint.every,
+                kept=lambda: told().keep,
                 notify=self._mailbox.say,
             )
+            self._plain, self._being_persisted = lambda: told().plain, lambda: told().keep
             self._memory = memory
             self._tiers.append(memory)
         self._tiers.append(
@@ -124,6 +140,7 @@ class SupervisedRun:
                 directory.checkpoints,
                 config.checkpoint.every,
                 config.checkpoint.keep,
+                since=self._plain,
                 restored=self._restored,
                 refused=self._unreadable,
                 event=directory.event,
@@ -148,8 +165,20 @@ class SupervisedRun:
                 self._try(tier, step, state, record, final=False)
             return
         self._kept = "memory" if self._stop.agreed == HANDOVER and self._hand_over(step, state, record) else "durable"
-        for tier in [tier for tier in self._tiers if self._kept == "durable" and tier is not self._memory]:
-            tier.offer(step, state, record, final=True)
+        if self._kept == "durable" and not self._is_durable(step):
+            for tier in [tier for tier in self._tiers if tier is not self._memory]:
+                tier.offer(step, state, record, final=True)
+
+    def _is_durable(self, step: int) -> bool:
+        """Whether persisters have made this very step durable; waits for them where they are about it."""
+        is_there = False
+        if self._world.is_writer:
+            deadline = time.monotonic() + PERSISTED_SECONDS
+            while self._being_persisted() == step and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+            is_there = is_sealed(step_folder(self._directory.checkpoints, step))
+            is_there = is_there and step not in (self._restored, *self._unreadable)
+        return gather_text(self._world, "there" if is_there else "")[0] == "there"
 
     def _hand_over(self, step: int, state: Mapping[str, Any], record: Record) -> bool:
         """Whether every process has its part in memory; if one has not, all of them save into the durable tier."""

@@ -108,7 +108,7 @@ def find_epoch(hosts: Iterable[Host]) -> Found:
     world = World(members, memo["slices"], work["mesh"], work["devices"])
     committed = max(host.committed for host in hosts)
     commits = MemoryCommits(members, len(work["copies_to"]), committed)
-    epoch = Epoch(newest, world, memo["start_step"], None, members[0], commits, work["address"])
+    epoch = Epoch(newest, world, memo["start_step"], None, members[0], commits, address=work["address"])
     epoch.started, epoch.begun, epoch.warmed = set(members), set(members), set(members)
     lineage = tuple((int(number), int(step)) for number, step in memo["lineage"])
     return Found(epoch, there, memo["judge"], lineage, Mark(*memo["reached"]), Pace.from_json(memo["pace"]))

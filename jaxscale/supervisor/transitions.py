@@ -5,7 +5,7 @@ What makes it move, the reports of agents and the clock, is in `machine.py`; rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxscale.checkpoint.cover import Damaged
@@ -16,6 +16,7 @@ from jaxscale.supervisor.commits import MemoryCommits
 from jaxscale.supervisor.facts import Action, Epoch, Finish, Host, Judge, Note, Settings, Source, Tell, World
 from jaxscale.supervisor.limits import Pace
 from jaxscale.supervisor.orders import work_orders
+from jaxscale.supervisor.persisting import Persisting
 from jaxscale.supervisor.states import State, check
 from jaxscale.supervisor.takeover import decided, find_epoch, memo_of, past
 from jaxscale.supervisor.watch import learned
@@ -50,6 +51,8 @@ class Transitions:
         self.pace = Pace()
         self.reached = Mark()
         self.costs, self.cadence = Costs(), UNDECIDED
+        self.durable = settings.durable
+        """The newest durable step."""
         self.actions: list[Action] = []
         self.drain_reason = ""
         self._fault_at = 0.0
@@ -167,6 +170,7 @@ class Transitions:
                 self.pace = learned(self.pace, found.epoch, host.took)
         for name in found.epoch.world.members:
             self.hosts.setdefault(name, Host(name, found.epoch.world.slices[name], 0, heard=self._began))
+        found.epoch.persisting = self._persisting(found.epoch.world.members, self.durable)
         self._enter(State.RUNNING, f"epoch {self.number} was found running", now)
         self._catch_up(found.epoch, now)
         if self._is_over():
@@ -237,10 +241,14 @@ class Transitions:
         self.lineage.append((self.number, step))
         replicas = min(self.settings.replicas, len(world.members) - 1)
         commits = MemoryCommits(world.members, replicas, step if choice else -1)
-        self.epoch = Epoch(self.number, world, step, choice, world.members[0], commits)
+        persisting = self._persisting(world.members, step if choice is None else min(step, self.durable))
+        self.epoch = Epoch(self.number, world, step, choice, world.members[0], commits, persisting)
         reason = f"epoch {self.number} of {len(world.members)} hosts from step {step}"
         self._enter(State.FORMING, reason, now)
         self._tell(self.epoch.service, do="serve", epoch=self.number, processes=len(world.members))
+
+    def _persisting(self, members: Sequence[str], done: int) -> Persisting:
+        return Persisting(tuple(members), self.settings.durable_every if self.settings.every != 0 else 0, done)
 
     def _start_workers(self, epoch: Epoch) -> None:
         self._announce(epoch, True)
@@ -249,9 +257,16 @@ class Transitions:
 
     def _announce(self, epoch: Epoch, is_news: bool) -> None:
         """Tells what is committed: workers may write decided steps' slots again. And how often they are to save."""
-        cadence = {"since": self.cadence.since, "every": self.cadence.every}
+        verdict = {
+            "committed": epoch.commits.committed,
+            "decided": epoch.commits.decided,
+            "since": self.cadence.since,
+            "every": self.cadence.every,
+            "keep": epoch.persisting.keep,
+            "plain": epoch.plain,
+        }
         for name in epoch.world.members if is_news else ():
-            self._tell(name, do="verdict", committed=epoch.commits.committed, decided=epoch.commits.decided, **cadence)
+            self._tell(name, do="verdict", **verdict)
 
     def _grow(self, now: float) -> None:
         """Takes hosts in that are there (again), once they have been for a while: each resize costs seconds."""
