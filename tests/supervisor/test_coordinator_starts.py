@@ -118,14 +118,19 @@ def test_a_coordinator_whose_name_is_one_of_loopback_says_who_reaches_it(
     assert [line.startswith(words) for line in told[:-1]] == [True] * is_told
 
 
+def directory_at(path):
+    return SimpleNamespace(path=path, checkpoints=path / "checkpoints", metrics=path / "metrics.jsonl", epoch=1)
+
+
 def coordinator_at(listen, directory, **options):
     memory = SimpleNamespace(every=10, generations=2, replicas=1)
     made = CoordinatorOptions("job-1", new_token(), listen, "recipe.py", (), **options)
-    return Coordinator(made, SimpleNamespace(steps=100, memory=memory), ScriptedJudge(1), directory)
+    config = SimpleNamespace(steps=100, memory=memory, checkpoint=SimpleNamespace(every=0, keep=2))
+    return Coordinator(made, config, ScriptedJudge(1), directory)
 
 
 def test_nor_does_one_whose_port_is_taken_at_the_last_moment(taken, tmp_path):
-    coordinator = coordinator_at(taken, SimpleNamespace(path=tmp_path, epoch=1))
+    coordinator = coordinator_at(taken, directory_at(tmp_path))
     with pytest.raises(CannotListen, match="another process listens there"):
         asyncio.run(coordinator.run())
     assert files(tmp_path) == []
@@ -302,7 +307,7 @@ def test_a_host_that_has_none_is_told_why(bad, words):
 
 
 def test_a_coordinator_asks_each_agent_for_its_place(tmp_path):
-    coordinator = coordinator_at("127.0.0.1:0", SimpleNamespace(path=tmp_path, epoch=1), request=request())
+    coordinator = coordinator_at("127.0.0.1:0", directory_at(tmp_path), request=request())
     hello = {"version": VERSION, "job": "job-1", "host": "host-0", "slice": 1, "devices": 2, "pid": 7, "peer": "a:1"}
     hello |= {"control": "a:2", "acceptor": Acceptor("host-0#1").to_json(), "fenced": 0, "copies": [], "committed": -1}
     hello |= {"work": None, "took": [], "ready": True, "leaving": False}
@@ -424,6 +429,7 @@ class Disk:
 
     def __init__(self):
         self.epoch, self.room, self.lines = 7, 10**9, []
+        self.metrics = Path("nowhere")
 
     def event(self, kind, source, **fields):
         if not self.room:

@@ -278,6 +278,7 @@ class Directory:
 
     def __init__(self, path):
         self.path, self.checkpoints, self.epoch, self.events = path, path / "checkpoints", 1, []
+        self.metrics = path / "metrics.jsonl"
         self.is_full = False
 
     def event(self, kind, source, **fields):
@@ -293,7 +294,8 @@ class Directory:
 @contextlib.asynccontextmanager
 async def coordinating(tmp_path, is_elected=True):
     memory = SimpleNamespace(every=10, generations=2, replicas=1)
-    config, directory = SimpleNamespace(steps=100, memory=memory), Directory(tmp_path)
+    config = SimpleNamespace(steps=100, memory=memory, checkpoint=SimpleNamespace(every=0, keep=2))
+    directory = Directory(tmp_path)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
