@@ -379,7 +379,7 @@ def test_a_stop_while_the_coordinator_is_started_again_is_not_lost(long_run):
     os.close(descriptor)
     assert long_run.finish(60) == 75
     last = long_run.output.strip().splitlines()[-1]
-    assert last.startswith(f"stopped after step {long_run.last_line()['step']:,} of 100,000")
+    assert last.startswith(f"stopped after step {long_run.last_line()['step']:,} of 100,000"), long_run.output[-2000:]
     assert last.endswith("it is saved: the same command again goes on from there")
     assert not memory.exists()
 
