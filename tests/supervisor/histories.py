@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass, field
 
 from jaxscale.axes import AXES
-from jaxscale.supervisor.facts import Finish, Host, Note, Settings, Tell, Verdict, World
+from jaxscale.supervisor.facts import Finish, Host, Note, Settings, Store, Tell, Verdict, World
 from jaxscale.supervisor.judge import PATIENCE_SECONDS, TableJudge
 from jaxscale.supervisor.machine import Machine
 from jaxscale.supervisor.orders import check
@@ -96,6 +96,8 @@ class FakeHost:
     ready: bool = True
     fenced: int = 0
     committed: int = -1
+    keep: int = -1
+    plain: int = -1
     cadence: tuple = NEVER
     """From which step on its worker saves every how many steps."""
     deaf: set = field(default_factory=set)
@@ -104,14 +106,37 @@ class FakeHost:
     worker: Worker | None = None
 
 
+@dataclass
+class Storage:
+    """What the storekeeper of the coordinator finds."""
+
+    hangs: bool = False
+    """Nothing is answered; what is asked meanwhile is kept in `asked`."""
+    fails: str = ""
+    """Why everything that is asked of it comes to nothing."""
+    asked: list = field(default_factory=list)
+    sealed: list = field(default_factory=list)
+
+
 class History:
     """Drives one `Machine`. `run` lets time pass; the rest is what happens."""
 
     def __init__(
-        self, slices=2, per_slice=2, spares=0, judge=None, steps=10_000, replicas=1, epoch=0, come=True, every=10
+        self,
+        slices=2,
+        per_slice=2,
+        spares=0,
+        judge=None,
+        steps=10_000,
+        replicas=1,
+        epoch=0,
+        come=True,
+        every=10,
+        durable_every=0,
     ):
         self.judge = judge or ScriptedJudge(slices * per_slice)
-        self.now, self.settings = 100.0, Settings(steps, every, 2, replicas)
+        self.now, self.settings = 100.0, Settings(steps, every, 2, replicas, durable_every, checkpoints="durable")
+        self.storage = Storage()
         self.machine = Machine(self.settings, self.judge, self._source, epoch, self.now)
         names = [(f"host-{i}", i // per_slice) for i in range(slices * per_slice)]
         names += [(f"spare-{i}", -1) for i in range(spares)]
@@ -201,6 +226,13 @@ class History:
         if stream_ends:
             self.machine.disconnected(name, self.now)
             self._perform()
+
+    def answer(self, store):
+        """The storekeeper has done what it was asked to, or could not."""
+        if store.what == "finalise" and not self.storage.fails:
+            self.storage.sealed.append(store.step)
+        self.machine.stored(store, self.storage.fails, 100, self.now)
+        self._perform()
 
     def preempt(self, name):
         self.say(name, "preempted", pid=1)
@@ -330,6 +362,10 @@ class History:
                     case Finish():
                         assert self.finish is None, "the run ended twice"
                         self.finish = action
+                    case Store():
+                        self.storage.asked.append(action)
+                        if not self.storage.hangs:
+                            self.answer(action)
                     case Tell():
                         check(json.loads(json.dumps(dict(action.message))))  # an agent would refuse it
                         self.told.append((action.host, dict(action.message)))
@@ -354,11 +390,15 @@ class History:
                 self.say(fake.name, "restored", epoch=message["epoch"], step=step, sources={})
                 self.say(fake.name, "begun", epoch=message["epoch"])
             case "verdict":
-                fake.committed = message["committed"]
+                fake.committed, fake.keep, fake.plain = message["committed"], message["keep"], message["plain"]
                 if message["every"]:
                     fake.cadence = (message["since"], message["every"])
                 if fake.worker is not None:
                     fake.worker.cadence = fake.cadence
+            case "persist":
+                assert message["target"] == f"durable/{message['step']}"
+                assert fake.keep == message["step"], "a slot that may be written over is read"
+                self.say(fake.name, "persisted", epoch=message["epoch"], step=message["step"], bytes=9, seconds=0.1)
             case "drain" | "handover" if fake.worker is not None:
                 fake.worker.asked = do
             case "fence":
