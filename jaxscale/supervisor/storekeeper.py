@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 
 from jaxscale.checkpoint import layout
 from jaxscale.checkpoint.finalise import finalise, make_room
@@ -33,15 +34,27 @@ class Storekeeper:
     def __init__(self, checkpoints: Path, metrics: Path, keep: int, told: Told) -> None:
         """`keep`: newest steps that stay when another one is sealed. Touches nothing before the first `do`."""
         self._checkpoints, self._metrics, self._keep, self._told = checkpoints, metrics, keep, told
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._asked: SimpleQueue[Store] = SimpleQueue()
+        self._is_closed = False
+        # A daemon: the process must be able to end while the storage hangs.
+        self._thread = Thread(target=self._work, name="store", daemon=True)
 
     def do(self, what: Store) -> None:
         """In the background."""
-        self._pool.submit(self._do, what)
+        self._asked.put(what)
+        if self._thread.ident is None:
+            self._thread.start()
 
     def close(self) -> None:
-        """Begins nothing more; what is under way ends in its own time."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Begins nothing more; what is under way ends with the process at the latest."""
+        self._is_closed = True
+
+    def _work(self) -> None:
+        while True:
+            what = self._asked.get()
+            if self._is_closed:
+                return
+            self._do(what)
 
     def _do(self, what: Store) -> None:
         path = layout.step_folder(self._checkpoints, what.step)
