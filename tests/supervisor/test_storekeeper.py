@@ -65,7 +65,8 @@ def test_nothing_is_touched_before_it_is_asked(tmp_path, told):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_steps_are_made_in_order_and_the_oldest_go(tmp_path, told, sealed):
+@pytest.mark.usefixtures("sealed")
+def test_steps_are_made_in_order_and_the_oldest_go(tmp_path, told):
     one = keeper(tmp_path, told)
     for step in (10, 20, 30):
         one.do(store("room", step))
@@ -119,7 +120,7 @@ def test_a_mistake_of_our_own_is_told_and_logged_and_the_next_order_is_done(tmp_
 def test_a_closed_one_begins_nothing_more(tmp_path, told, monkeypatch):
     began, go = threading.Event(), threading.Event()
 
-    def make_room(path):
+    def make_room(_):
         began.set()
         assert go.wait(30)
 
