@@ -15,6 +15,7 @@ from jaxscale import axes
 from jaxscale.config import Config, ConfigError
 from jaxscale.divisors import divisors
 from jaxscale.parallel import context
+from jaxscale.parallel.division import balanced, divide, in_program
 from jaxscale.parallel.schedules import ScheduleError, check_sizes
 from jaxscale.task import Parameter
 
@@ -55,8 +56,9 @@ def audit(parameters: Mapping[str, Parameter], sizes: Mapping[str, int], config:
     named = [f"{problem} of {path}" for path, parameter in parameters.items() for problem in _shape(parameter)]
     if named:  # Nothing else can be said about tensors whose dims have no meaning.
         raise _error(named, sizes)
+    kept = _with_padding(parameters, sizes, config)
     problems = [
-        *_indivisible(parameters, sizes),
+        *_indivisible(kept, sizes),
         *_used_twice(parameters, sizes),
         *_sequences(config, sizes),
         *_context(parameters, sizes, config),
@@ -71,7 +73,7 @@ def audit(parameters: Mapping[str, Parameter], sizes: Mapping[str, int], config:
         parameters=sum(math.prod(parameter.shape) for parameter in parameters.values()),
         bytes_per_device={
             path: math.prod(parameter.shape) * BYTES[config.precision.weights] // _shards(parameter, sizes)
-            for path, parameter in parameters.items()
+            for path, parameter in kept.items()
         },
         rows=config.data.batch,
         padded_rows=axes.padded_batch(config.data.batch, config.train.microbatches, shards),
@@ -95,6 +97,8 @@ def _indivisible(parameters: Mapping[str, Parameter], sizes: Mapping[str, int]) 
     for path, parameter in parameters.items():
         for name, size in zip(parameter.axes, parameter.shape, strict=True):
             mesh_axes = _split_over(name, sizes)
+            if name == "layers":
+                continue  # `_pipeline` says more of them
             if size % math.prod(sizes[axis] for axis in mesh_axes):
                 found.setdefault((mesh_axes, str(name), size), []).append(path)
     for (mesh_axes, name, size), paths in found.items():
@@ -167,21 +171,38 @@ def _activations(config: Config) -> set[str]:
 
 
 def _pipeline(parameters: Mapping[str, Parameter], sizes: Mapping[str, int], config: Config) -> Iterator[str]:
-    """What does not go with pipeline stages. That stages divide the layers is checked with all other dims."""
-    stages, chunks = sizes["stage"], config.pipeline.chunks
-    layers = {p.shape[0] for p in parameters.values() if p.axes[:1] == ("layers",)}
+    """What does not go with pipeline stages; of layers that they do not divide, how they could be divided."""
+    stages, layers = sizes["stage"], _layers(parameters)
     if stages == 1 or not layers:
         return
     try:
-        check_sizes(config.pipeline.schedule, stages, config.train.microbatches, chunks)
+        check_sizes(config.pipeline.schedule, stages, config.train.microbatches, config.pipeline.chunks)
     except ScheduleError as error:
         yield f"pipeline: {error}"
-    for count in sorted(layers):
-        if count % stages == 0 and count % (stages * chunks):
-            options = _choices(divisors(count // stages))
-            yield f"pipeline.chunks ({chunks}) does not divide the {count // stages} layers of a stage; use {options}"
+    try:
+        divide(layers, stages, config.pipeline)
+    except ConfigError as error:
+        offered = balanced(config, parameters, stages)
+        yield f"{error}{f', or --pipeline.layers {" ".join(map(str, offered))}' if offered else ''}"
     if config.train.noise_scale:
         yield "train.noise-scale needs the gradient of each microbatch by itself, which no stage has; turn it off"
+
+
+def _layers(parameters: Mapping[str, Parameter]) -> int:
+    """Of the model; 0 where nothing is stacked over layers."""
+    return next((p.shape[0] for p in parameters.values() if p.axes[:1] == ("layers",)), 0)
+
+
+def _with_padding(
+    parameters: Mapping[str, Parameter], sizes: Mapping[str, int], config: Config
+) -> Mapping[str, Parameter]:
+    """As a program keeps them; as they are where its stages cannot divide them, which is found elsewhere."""
+    if sizes["stage"] == 1 or not _layers(parameters):
+        return parameters
+    try:
+        return in_program(parameters, divide(_layers(parameters), sizes["stage"], config.pipeline))
+    except ConfigError:
+        return parameters
 
 
 def _replicated(parameters: Mapping[str, Parameter], sizes: Mapping[str, int]) -> Iterator[str]:

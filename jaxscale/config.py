@@ -218,6 +218,8 @@ class PipelineConfig:
     """`jaxscale.parallel.schedules` says what each is."""
     chunks: int = 1
     """Pieces of the model on each stage; more than one needs `interleaved`."""
+    layers: tuple[int, ...] = ()
+    """Layers of each piece, in the model's order: piece q is on stage q mod mesh.stage; none given = all alike."""
 
     def __post_init__(self) -> None:
         _require(self.chunks >= 1, f"pipeline.chunks is {self.chunks}; a stage has 1 or more")
@@ -225,6 +227,10 @@ class PipelineConfig:
             self.chunks == 1 or self.schedule == "interleaved",
             f"pipeline.chunks is {self.chunks}, and the schedule {self.schedule} has one chunk a stage; set "
             "pipeline.schedule to interleaved, or pipeline.chunks to 1",
+        )
+        _require(
+            min(self.layers, default=1) >= 1,
+            f"pipeline.layers is {' '.join(map(str, self.layers))}; each piece of the model has 1 layer or more",
         )
 
 
@@ -369,6 +375,15 @@ class Config:
             not first.isdigit() or int(first) <= self.steps,
             f"run.profile is {self.run.profile!r}, but the run ends after step {self.steps}",
         )
+        for setting, is_set in (
+            ("across.gradients", self.across.keeps_residual),
+            ("local.every", self.local.every > 0),
+        ):
+            _require(
+                not (self.pipeline.layers and is_set),
+                f"{setting} keeps arrays for each slice that have no place yet beside the padding of unequal pipeline "
+                f"stages; leave pipeline.layers empty, or {setting} at its default",
+            )
         starts = [phase.start for phase in self.phases]
         _require(starts == sorted(set(starts)), f"phases start at steps {starts}; give them in growing order")
         for batch in [self.data.batch, *(phase.batch for phase in self.phases if phase.batch)]:

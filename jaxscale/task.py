@@ -17,6 +17,7 @@ import jax
 if TYPE_CHECKING:
     from jaxscale.checkpoint.stored_layout import StoredLayout
     from jaxscale.config import PipelineConfig
+    from jaxscale.parallel.division import Division
     from jaxscale.train.tables import Tables
 
 Params = dict[str, Any]  # nested dict of arrays; a parameter's path joins the keys with "/"
@@ -78,7 +79,7 @@ class Task(Protocol):
 
     @property
     def parameters(self) -> dict[str, Parameter]:
-        """Flat table: path -> Parameter."""
+        """Flat table: path -> Parameter, of the model; a program may have padding beside (`stored_layout`)."""
         ...
 
     @property
@@ -120,12 +121,18 @@ class Task(Protocol):
 class LayeredTask(Task, Protocol):
     """A task that is a stack of layers between a beginning and an end, so that pipeline stages can share it.
 
-    `params["layers"]` has the layers stacked; everything else is used by `begin` and `end` alone.
+    `params["layers"]` has the layers stacked, with the padding that `division` says; everything else is used by `begin`
+    and `end` alone.
     """
 
     @property
     def pipeline(self) -> PipelineConfig:
         """How stages take turns."""
+        ...
+
+    @property
+    def division(self) -> Division:
+        """How many layers each chunk of the current mesh's stages has."""
         ...
 
     def arrange(self, batch: Batch) -> Batch:

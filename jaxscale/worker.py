@@ -36,7 +36,7 @@ from jaxscale.train.samples import Sampler
 from jaxscale.train.state import State, abstract_state
 from jaxscale.train.step import make_step
 from jaxscale.train.stop import StopAsked
-from jaxscale.train.summary import Summary, bytes_per_device, count_parameters
+from jaxscale.train.summary import Summary, bytes_per_device
 from jaxscale.train.tables import weights_of
 from jaxscale.world import barrier
 
@@ -79,7 +79,8 @@ def run_worker(config: Config, world: World, restore: Restore, sinks: Sinks, hoo
         state, record, notes = _state_and_record(config, task, optimizer, corpora, here, abstract, restored)
         record = replace(record, epoch=world.epoch)
         notes += filter(None, [profile.note(config.run.profile, record.step, config.steps)])
-        summary = _summary(config, mesh, abstract, corpora, record, sinks, [*notes, *report.warnings])
+        notes += report.warnings
+        summary = _summary(config, mesh, report.parameters, abstract, corpora, record, sinks, notes)
         sinks.begin(
             Start(
                 summary=summary,
@@ -148,6 +149,7 @@ def _state_and_record(
 def _summary(
     config: Config,
     mesh: jax.sharding.Mesh,
+    parameters: int,
     abstract: State,
     corpora: Source,
     record: Record,
@@ -157,7 +159,7 @@ def _summary(
     phase = phase_at_step(phases(config), record.step)
     return Summary(
         name=config.name,
-        parameters=count_parameters(weights_of(abstract)),
+        parameters=parameters,
         mesh=describe(mesh),
         bytes_per_device=bytes_per_device(abstract, 4 if config.precision.reduce == "float32" else 2),
         steps=config.steps,

@@ -32,7 +32,8 @@ from jaxscale.models.transformer_config import TransformerConfig
 from jaxscale.ops.attention import attention
 from jaxscale.ops.cross_entropy import cross_entropy
 from jaxscale.parallel import context
-from jaxscale.parallel.layer_layout import layer_layout
+from jaxscale.parallel.division import Division, divide
+from jaxscale.parallel.layer_layout import layer_layout, stored_spec
 from jaxscale.parallel.microbatches import split
 from jaxscale.parallel.pipeline import forward_loss, stages
 from jaxscale.task import NOTHING, PER_LAYER, Batch, LayerSums, Parameter, Params
@@ -64,11 +65,17 @@ class TransformerTask:
 
     @property
     def stored_layout(self) -> StoredLayout | None:
-        """Programs have the layers as checkpoints do, but for pipeline stages of several chunks."""
-        return layer_layout(self.model.layers, stages(), self.pipeline.chunks) if stages() > 1 else None
+        """Programs have the layers as checkpoints do, but for pipeline stages of several or of unequal chunks."""
+        return layer_layout(self.division)
+
+    @property
+    def division(self) -> Division:
+        """The layers of each chunk on the current mesh. Raises ConfigError."""
+        return divide(self.model.layers, stages(), self.pipeline)
 
     @property
     def parameters(self) -> dict[str, Parameter]:
+        """The model's own, whatever padding a program has beside them."""
         model = self.model
         layer = {
             "attention_norm": {"scale": Parameter((model.width,), ("norm",), init="ones")},
@@ -102,7 +109,8 @@ class TransformerTask:
         return layout.restore(params) if layout is not None else params
 
     def _init(self, parameter: Parameter, key: jax.Array) -> jax.Array:
-        spec = axes.spec(*parameter.axes)
+        # As checkpoints have it: the model's layers, whose values no padding changes.
+        spec = stored_spec(parameter.shape, axes.spec(*parameter.axes), jax.sharding.get_abstract_mesh().shape)
         if parameter.init == "normal":
             values = jax.random.normal(key, parameter.shape, jnp.float32, out_sharding=spec) * parameter.scale
         else:
@@ -234,10 +242,10 @@ class TransformerTask:
         """
         if all(jax.typeof(w).sharding.spec[0] is None for w in jax.tree.leaves(stacked)):
             return stacked
-        layout = self.stored_layout
+        layout, own = self.stored_layout, stacked
         if layout is not None:
             stacked = layout.store({"layers": stacked})["layers"]
-        return jax.tree.map(lambda w: jax.reshard(w, jax.P(None, *jax.typeof(w).sharding.spec[1:])), stacked)
+        return jax.tree.map(lambda w, o: jax.reshard(w, jax.P(None, *jax.typeof(o).sharding.spec[1:])), stacked, own)
 
     def layer(
         self,

@@ -96,15 +96,19 @@ class TransformerConfig(ModelConfig):
 
         from jaxscale.ops import attention
         from jaxscale.parallel import context
+        from jaxscale.parallel.division import divide
         from jaxscale.parallel.pipeline import stages
 
         sizes = jax.sharding.get_abstract_mesh().shape
-        period, chunks = len(self.window) or 1, stages() * config.pipeline.chunks if stages() > 1 else 1
-        if self.layers % chunks == 0 and self.layers // chunks % period:
+        period = len(self.window) or 1
+        chunk_layers: tuple[int, ...] = ()
+        with contextlib.suppress(ConfigError):  # the audit says it, with all else that it finds
+            chunk_layers = divide(self.layers, stages(), config.pipeline).sizes
+        if any(count % period for count in chunk_layers):
             raise ConfigError(
-                f"model.window repeats every {period} layers, and {chunks} pipeline chunks have "
-                f"{self.layers // chunks} layers each; use fewer stages (mesh.stage) "
-                f"or chunks (pipeline.chunks), so that {period} divides that"
+                f"model.window repeats every {period} layers, and {len(chunk_layers)} pipeline chunks have "
+                f"{' '.join(map(str, chunk_layers))} layers; use fewer stages (mesh.stage) or chunks "
+                f"(pipeline.chunks), or multiples of {period} in pipeline.layers"
             )
         for length in (config.data.sequence, *(phase.sequence for phase in config.phases if phase.sequence)):
             form: context.Form | None = None

@@ -7,8 +7,9 @@ Pure. Read next: `buffers.py`, what it keeps, and `pipeline.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from jaxscale.parallel.schedules import (
     Kind,
@@ -32,10 +33,10 @@ class OpCosts:
     backward_weight: float = 1.0
     recompute: float = 0.0
     """Of the forward pass, before each backward op: 0 where activations are kept, `forward` where none is."""
-    stages: tuple[float, ...] = ()
-    """How much more than that each stage takes, 1 = as said; empty: all alike."""
+    shares: tuple[float, ...] = ()
+    """How much more than that each chunk of the model takes, 1 = as said; empty: all alike."""
 
-    def of(self, op: Op, stages: int, chunks: int) -> float:
+    def of(self, op: Op, chunks: int) -> float:
         """Seconds of one op, which is of one chunk."""
         backward = self.recompute + self.backward_input
         seconds = {
@@ -44,8 +45,7 @@ class OpCosts:
             Kind.BACKWARD_INPUT: backward,
             Kind.BACKWARD_WEIGHT: self.recompute + self.backward_weight,
         }[op.kind]
-        stage = op.chunk % stages
-        return seconds / chunks * (self.stages[stage] if self.stages else 1.0)
+        return seconds / chunks * (self.shares[op.chunk] if self.shares else 1.0)
 
 
 UNIT = OpCosts(1.0, 0.5, 0.5)
@@ -54,14 +54,12 @@ UNIT = OpCosts(1.0, 0.5, 0.5)
 
 def lockstep_cost(table: Table, costs: OpCosts) -> float:
     """Seconds of a table: the sum over ticks of the stage that has most to do."""
-    return sum(
-        max(sum(costs.of(op, table.stages, table.chunks) for op in work) for work in tick) for tick in table.ticks
-    )
+    return sum(max(sum(costs.of(op, table.chunks) for op in work) for work in tick) for tick in table.ticks)
 
 
 def busy(table: Table, costs: OpCosts) -> float:
     """Seconds of work in it, of all stages together."""
-    return sum(costs.of(op, table.stages, table.chunks) for tick in table.ticks for work in tick for op in work)
+    return sum(costs.of(op, table.chunks) for tick in table.ticks for work in tick for op in work)
 
 
 def bubble(table: Table, costs: OpCosts) -> float:
@@ -86,7 +84,7 @@ def asynchronous_cost(orders: Sequence[Order], costs: OpCosts, chunks: int = 1) 
                 if any(need not in done for need in needs(op, depth)):
                     break
                 begin = max([free[s], *(done[need] for need in needs(op, depth))])
-                free[s] = done[op] = begin + costs.of(op, stages, chunks)
+                free[s] = done[op] = begin + costs.of(op, chunks)
                 at[s], left = at[s] + 1, left - 1
         if left == before:
             raise ScheduleError(f"the stages wait for one another: {left} ops cannot be done")
@@ -121,16 +119,25 @@ class Choice:
     """In lockstep."""
 
 
-def compare(stages: int, microbatches: int, chunks: Sequence[int], costs: OpCosts) -> list[Choice]:
-    """All schedules that these sizes allow, the cheapest in lockstep first."""
+def compare(
+    stages: int,
+    microbatches: int,
+    chunks: Sequence[int],
+    costs: OpCosts,
+    shares: Mapping[int, tuple[float, ...]] = MappingProxyType({}),
+) -> list[Choice]:
+    """All schedules that these sizes allow, the cheapest in lockstep first. shares: of `OpCosts`, by chunks a stage."""
     found = []
-    for name, v in [("gpipe", 1), ("1f1b", 1), ("zero-bubble", 1), *(("interleaved", v) for v in chunks if v > 1)]:
+    for name, v in [("gpipe", 1), ("1f1b", 1), ("zero-bubble", 1), *(("interleaved", v) for v in chunks)]:
+        if v not in chunks or (name == "interleaved") != (v > 1):
+            continue
+        own = replace(costs, shares=shares.get(v, costs.shares))
         try:
-            table = make_table(name, stages, microbatches, v, costs)
+            table = make_table(name, stages, microbatches, v, own)
         except ScheduleError:
             continue  # these microbatches do not go with it
-        asynchronous = asynchronous_cost(make_orders(name, stages, microbatches, v), costs, v)
-        found.append(Choice(name, v, lockstep_cost(table, costs), asynchronous, bubble(table, costs)))
+        asynchronous = asynchronous_cost(make_orders(name, stages, microbatches, v), own, v)
+        found.append(Choice(name, v, lockstep_cost(table, own), asynchronous, bubble(table, own)))
     return sorted(found, key=lambda choice: (choice.lockstep, choice.chunks))
 
 

@@ -4,14 +4,15 @@ One program for all stages: a scan over the ticks of the table, manual over the 
 stage does what its row says (a forward, a backward, a weights' half, or nothing), then activations go one stage on and
 gradients one stage back. A backward computes its chunk's forward again from the chunk's input, which is all that is
 kept, in a slot that the table assigned (`buffers.py`). The first chunk begins with the embedding, the last one ends
-with the head, each only there, so that no other stage pays for them.
+with the head, each only there, so that no other stage pays for them. Where chunks have different numbers of layers
+(`division.py`), there is a branch for each number: a shorter chunk reads its own layers and never its padding.
 
-Legend: M microbatches, B rows of a microbatch, S sequence, D width, n layers of a chunk. Read next: `schedules.py`.
+Legend: M microbatches, B rows of a microbatch, S sequence, D width. Read next: `schedules.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxscale.parallel.buffers import gradient_slots, input_slots
-from jaxscale.parallel.costs import make_table
+from jaxscale.parallel.costs import OpCosts, make_table
 from jaxscale.parallel.rows import Row, rows
 from jaxscale.parallel.schedules import Kind, Table, forward_only
 from jaxscale.parallel.turns import Turns
@@ -48,7 +49,8 @@ def loss_and_gradients(
     sharded as the parameters.
     """
     parts = task.arrange(parts)
-    table = make_table(task.pipeline.schedule, stages(), parts["tokens"].shape[0], task.pipeline.chunks)
+    costs = OpCosts(shares=task.division.shares)
+    table = make_table(task.pipeline.schedule, stages(), parts["tokens"].shape[0], task.pipeline.chunks, costs)
     sums, layers, shared = _on_stages(_train, task, table, key, params, parts, weight)
     return {name: value / weight for name, value in sums.items()}, {**shared, LAYERS: layers}
 
@@ -96,8 +98,9 @@ class _Stage:
     ) -> None:
         self.task, self.table, self.key, self.shared, self.parts = task, table, key, shared, parts
         self.index = jax.lax.axis_index(STAGE)
-        self.count = jax.tree.leaves(layers)[0].shape[0] // table.chunks
-        """Layers of a chunk."""
+        self.division = task.division
+        self.sizes = sorted(set(self.division.sizes))
+        """Numbers of layers that chunks have."""
         self.layers = layers
         self.stream = jax.eval_shape(lambda: task.begin(shared, self.part(0)))
         self.none = jnp.zeros(self.stream.shape, self.stream.dtype, out_sharding=_spec(self.stream))
@@ -113,21 +116,32 @@ class _Stage:
         """Chunk of the model: the stage's own chunk c is chunk c * stages + stage."""
         return own * self.table.stages + self.index
 
-    def weights(self, own: jax.Array) -> Params:
-        """Of the layers of one of the stage's own chunks."""
-        if self.table.chunks == 1:
+    def by_size(self, own: jax.Array, wanted: jax.Array, sizes: Sequence[int]) -> jax.Array:
+        """Which branch a chunk takes: 0 where it is not wanted, else 1 + the place of its number of layers in `sizes`.
+
+        sizes: those of all chunks that are ever wanted.
+        """
+        if len(sizes) == 1:
+            return wanted.astype(jnp.int32)
+        places = jnp.array([sizes.index(size) if size in sizes else 0 for size in self.division.sizes])
+        return jnp.where(wanted, 1 + places[jnp.maximum(self.chunk_of(own), 0)], 0)
+
+    def weights(self, own: jax.Array, size: int) -> Params:
+        """Of one of the stage's own chunks, which has `size` layers."""
+        if self.table.chunks == 1 and size == self.division.longest:
             return self.layers
-        begin = own * self.count
-        return jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, begin, self.count), self.layers)
+        begin = own * self.division.longest
+        return jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, begin, size), self.layers)
 
     def add(self, total: Params, own: jax.Array, gradients: Params) -> Params:
-        """Adds gradients of one of the stage's own chunks."""
-        if self.table.chunks == 1:
+        """Adds gradients of one of the stage's own chunks; those of padding stay zero."""
+        size = jax.tree.leaves(gradients)[0].shape[0]
+        if self.table.chunks == 1 and size == self.division.longest:
             return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, gradients)
 
         def into(t: jax.Array, g: jax.Array) -> jax.Array:
-            begin = own * self.count
-            before = jax.lax.dynamic_slice_in_dim(t, begin, self.count)
+            begin = own * self.division.longest
+            before = jax.lax.dynamic_slice_in_dim(t, begin, size)
             return jax.lax.dynamic_update_slice_in_dim(t, before + g.astype(t.dtype), begin, 0)
 
         return jax.tree.map(into, total, gradients)
@@ -144,7 +158,7 @@ class _Stage:
         self, weights: Params, x_BSD: jax.Array, own: jax.Array, part: Batch
     ) -> tuple[tuple[jax.Array, jax.Array | None], Sums]:
         """A chunk's layers: what they give, what they add to the loss, and to metrics, (layers of the model, ...)."""
-        first = self.chunk_of(own) * self.count
+        first = jnp.array(self.division.starts)[jnp.maximum(self.chunk_of(own), 0)]
         y_BSD, added = self.task.through(weights, x_BSD, part, self.key, first)
         return (y_BSD, added.loss), {name: self._placed(name, value, first) for name, value in added.metrics.items()}
 
@@ -152,13 +166,14 @@ class _Stage:
         """Metrics of a chunk's layers among those of all layers, in the model's order."""
         if not name.startswith(PER_LAYER):
             return value
-        every = jnp.zeros((self.count * self.table.depth, *value.shape[1:]), value.dtype)
+        every = jnp.zeros((self.division.layers, *value.shape[1:]), value.dtype)
         return jax.lax.dynamic_update_slice_in_dim(every, value, first, 0)
 
     def no_sums(self) -> tuple[jax.Array, Sums]:
         """Zeros of what all layers and the end give: the loss and the metrics."""
         own, part = jnp.int32(0), self.part(0)
-        (_, added), of_layers = jax.eval_shape(lambda: self.through(self.weights(own), self.none, own, part))
+        some = self.weights(own, self.sizes[0])
+        (_, added), of_layers = jax.eval_shape(lambda: self.through(some, self.none, own, part))
         loss, of_end = jax.eval_shape(lambda: self.task.end(self.shared, self.none, part))
         del added  # a part of the loss
         return jax.tree.map(lambda value: jnp.zeros(value.shape, value.dtype), (loss, {**of_layers, **of_end}))
@@ -185,6 +200,7 @@ class _Carry(NamedTuple):
 def _train(stage: _Stage, weight: jax.Array) -> tuple[Sums, Params, Params]:
     task, table, shared = stage.task, stage.table, stage.shared
     kinds = {op.kind for op in table.when()}
+    inner = sorted(set(stage.division.sizes[:-1]))  # the last chunk has a branch of its own
 
     def end(shared: Params, y_BSD: jax.Array, part: Batch) -> tuple[jax.Array, Sums]:
         total, sums = task.end(shared, y_BSD, part)
@@ -194,11 +210,13 @@ def _train(stage: _Stage, weight: jax.Array) -> tuple[Sums, Params, Params]:
         own, part = row.forward, stage.part(row.forward_microbatch)
         x_BSD = stage.input(turns, own, part, carry.inputs, row.forward_input)
         # The last chunk's output is computed with its gradient, and nobody wants it before.
-        return turns.take(
-            (own >= 0) & ~stage.is_last(own),
-            lambda: stage.through(stage.weights(own), x_BSD, own, part)[0][0],
-            lambda: stage.none,
-        )
+        which = stage.by_size(own, (own >= 0) & ~stage.is_last(own), inner)
+
+        def through(size: int) -> jax.Array:
+            return stage.through(stage.weights(own, size), x_BSD, own, part)[0][0]
+
+        branches: list[Callable[[], jax.Array]] = [lambda: stage.none, *(partial(through, size) for size in inner)]
+        return turns.switch(which, branches)
 
     def pulled(y: tuple[jax.Array, jax.Array | None], dy_BSD: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """The gradients of what a chunk gives: its output's, and that of what it adds to the loss."""
@@ -210,8 +228,8 @@ def _train(stage: _Stage, weight: jax.Array) -> tuple[Sums, Params, Params]:
         part = stage.part(row.backward_microbatch)
         x_BSD = stage.input(turns, own, part, carry.inputs, row.backward_input)
 
-        def pull(dy: Callable[[jax.Array], tuple[jax.Array, Params, Sums]]) -> _Pulled:
-            weights = stage.weights(own)
+        def pull(dy: Callable[[jax.Array], tuple[jax.Array, Params, Sums]], size: int) -> _Pulled:
+            weights = stage.weights(own, size)
             if split:
                 y, of, own_sums = jax.vjp(lambda x: stage.through(weights, x, own, part), x_BSD, has_aux=True)
             else:
@@ -230,8 +248,12 @@ def _train(stage: _Stage, weight: jax.Array) -> tuple[Sums, Params, Params]:
             return of_output, _add(carry.shared, of_shared), _add_named(carry.sums, sums)
 
         idle = (stage.none, stage.none, carry.layers, carry.shared, carry.sums)
-        which = jnp.where(active, jnp.where(stage.is_last(own), 2, 1), 0)
-        branches: list[Callable[[], _Pulled]] = [lambda: idle, partial(pull, came), partial(pull, of_loss)]
+        which = jnp.where(active & stage.is_last(own), len(inner) + 1, stage.by_size(own, active, inner))
+        branches: list[Callable[[], _Pulled]] = [
+            lambda: idle,
+            *(partial(pull, came, size) for size in inner),
+            partial(pull, of_loss, stage.division.sizes[-1]),
+        ]
         dx_BSD, dy_BSD, of_layers, of_shared, sums = turns.switch(which, branches)
         # Kept for the weights' half; for whoever it came from, it is there already.
         slot = jnp.where(active, row.backward_gradient, -1)
@@ -249,12 +271,13 @@ def _train(stage: _Stage, weight: jax.Array) -> tuple[Sums, Params, Params]:
         own, part = row.weight, stage.part(row.weight_microbatch)
         x_BSD = stage.input(turns, own, part, carry.inputs, row.weight_input)
 
-        def work() -> Params:
-            y, of, _ = jax.vjp(lambda w: stage.through(w, x_BSD, own, part), stage.weights(own), has_aux=True)
+        def work(size: int) -> Params:
+            y, of, _ = jax.vjp(lambda w: stage.through(w, x_BSD, own, part), stage.weights(own, size), has_aux=True)
             dy_BSD = _take(carry.gradients, row.weight_gradient)
             return stage.add(carry.layers, own, of(pulled(y, dy_BSD))[0])
 
-        return turns.take(own >= 0, work, lambda: carry.layers)
+        which = stage.by_size(own, own >= 0, stage.sizes)
+        return turns.switch(which, [lambda: carry.layers, *(partial(work, size) for size in stage.sizes)])
 
     def tick(carry: _Carry, columns: Row) -> tuple[_Carry, None]:
         row = Row(*(column[stage.index] for column in columns))
@@ -303,11 +326,14 @@ def _evaluate(stage: _Stage, weight: jax.Array) -> tuple[tuple[jax.Array, Sums],
         part = stage.part(row.forward_microbatch)
         x_BSD = stage.input(turns, own, part, inputs, row.forward_input)
 
-        def through() -> tuple[jax.Array, Sum]:
-            (y_BSD, loss), metrics = stage.through(stage.weights(own), x_BSD, own, part)
+        def through(size: int) -> tuple[jax.Array, Sum]:
+            (y_BSD, loss), metrics = stage.through(stage.weights(own, size), x_BSD, own, part)
             return y_BSD, added(sums, (loss, metrics))
 
-        y_BSD, sums = turns.take(own >= 0, through, lambda: (stage.none, sums))
+        which = stage.by_size(own, own >= 0, stage.sizes)
+        branches: list[Callable[[], tuple[jax.Array, Sum]]] = [lambda: (stage.none, sums)]
+        branches += [partial(through, size) for size in stage.sizes]
+        y_BSD, sums = turns.switch(which, branches)
         sums = turns.take(
             (own >= 0) & stage.is_last(own), lambda: added(sums, task.end(shared, y_BSD, part)), lambda: sums
         )

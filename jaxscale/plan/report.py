@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxscale.config import PipelineConfig
 from jaxscale.parallel.costs import Choice, OpCosts, compare
 from jaxscale.plan.traffic import Transfer
 from jaxscale.train.summary import human_bytes, human_count
@@ -47,6 +48,8 @@ class Plan:
     """Of the pipeline, the cheapest first; empty without stages."""
     schedule: str = ""
     """The one that the config has, with its chunks."""
+    padding: str = ""
+    """What stages of unequal numbers of layers keep for nothing; empty where there is none."""
     compiled: Mapping[str, Any] | None = None
     """What `CompiledStep` has, `total` bytes of a device, and `flops` of a step's products."""
     links: tuple[Link, ...] = ()
@@ -90,10 +93,20 @@ def hidden_share(found: Sequence[Transfer]) -> float | None:
     return _bytes(one for one in inside if one.hides) / total if total else None
 
 
-def schedules_of(stages: int, microbatches: int, layers_of_stage: int, recomputes: bool) -> tuple[Choice, ...]:
-    """Schedules that these sizes allow, the cheapest in lockstep first; a backward half takes as long as a forward."""
-    chunks = [v for v in range(1, layers_of_stage + 1) if layers_of_stage % v == 0]
-    return tuple(compare(stages, microbatches, chunks, OpCosts(1.0, 1.0, 1.0, 1.0 if recomputes else 0.0)))
+def schedules_of(
+    layers: int, stages: int, microbatches: int, pipeline: PipelineConfig, head: float
+) -> tuple[Choice, ...]:
+    """Schedules that these sizes allow, the cheapest in lockstep first, for the division that the config has and the
+    even ones; a backward half takes as long as a forward, which the runtime computes again. head: in layers.
+    """
+    shares = {}
+    for v in range(1, layers // stages + 1):
+        given = pipeline.layers if v == pipeline.chunks else ()
+        if given or layers % (stages * v) == 0:
+            sizes = given or (layers // (stages * v),) * (stages * v)
+            work = (*sizes[:-1], sizes[-1] + head)
+            shares[v] = tuple(one * len(sizes) / layers for one in work)
+    return tuple(compare(stages, microbatches, list(shares), OpCosts(1.0, 1.0, 1.0, 1.0), shares))
 
 
 def text_of(plan: Plan) -> str:
@@ -101,9 +114,9 @@ def text_of(plan: Plan) -> str:
     lines = [plan.name, f"  model   {human_count(plan.parameters)} parameters", f"  mesh    {plan.mesh}"]
     held = ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.held.items())
     lines.append(f"  state   per device: {held}")
-    lines += [f"  {line}" for line in plan.warnings]
+    lines += [f"  {line}" for line in (plan.padding, *plan.warnings) if line]
     if plan.schedules:
-        lines.append("  pipeline schedules, costs in forwards of a microbatch on a stage:")
+        lines.append("  pipeline schedules, costs in forwards of a microbatch through an even share of the layers:")
         lines.append("    schedule      chunks  in lockstep  if nobody waited  bubble")
         for one in plan.schedules:
             mark = "  <- this config" if f"{one.name} {one.chunks}" == plan.schedule else ""
@@ -189,6 +202,7 @@ def json_of(plan: Plan) -> dict[str, Any]:
         "compiled": compiled,
         "schedules": [dataclasses.asdict(one) for one in plan.schedules],
         "schedule": plan.schedule,
+        "padding": plan.padding,
         "warnings": list(plan.warnings),
     }
 

@@ -62,11 +62,6 @@ def bytes_per_device(state: Mapping[str, Any], reduce_dtype_bytes: int = 4) -> d
     return {**held, "gradients": gradients}
 
 
-def count_parameters(params: Any) -> int:
-    """Numbers in a tree of arrays or ShapeDtypeStructs, each counted once however it is sharded."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-
-
 def summary_lines(summary: Summary) -> list[str]:
     """The screen, at most 20 lines of text."""
     memory = ", ".join(f"{name} {human_bytes(size)}" for name, size in summary.bytes_per_device.items())

@@ -120,8 +120,8 @@ def parity(options: argparse.Namespace) -> bool:
             refused += 1
             continue
         if name not in done:
-            parts = MICROBATCHES if config.model.experts.count else 1
-            plain = PARITY.parity_config("sgd", microbatches=parts, recipe=options.recipe)
+            microbatches = MICROBATCHES if config.model.experts.count else 1
+            plain = PARITY.parity_config("sgd", microbatches=microbatches, recipe=options.recipe)
             reference = reference or PARITY.parity_run(plain, {})
             began = time.monotonic()
             found = PARITY.parity_run(config, sizes)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from jaxscale.cli import main
 from jaxscale.config import ConfigError, PipelineConfig
 from jaxscale.parallel.costs import make_table
-from jaxscale.parallel.layer_layout import layer_layout, order
+from jaxscale.parallel.division import divide
+from jaxscale.parallel.layer_layout import layer_layout
 from jaxscale.parallel.rows import Row
 from jaxscale.parallel.rows import rows as rows_of
 from jaxscale.parallel.schedules import SCHEDULES, Kind, forward_only, one_at_a_time
@@ -117,16 +118,20 @@ def test_gradients_and_losses_are_those_of_the_dense_model(schedule, chunks, siz
 # Checkpoints
 
 
+def even(layers, stages, chunks):
+    return divide(layers, stages, PipelineConfig("interleaved", chunks))
+
+
 def test_layers_of_a_stage_lie_together():
-    assert order(8, 2, 2) == (0, 1, 4, 5, 2, 3, 6, 7)
-    assert order(8, 4, 1) == tuple(range(8))
-    assert layer_layout(8, 4, 1) is None
+    assert even(8, 2, 2).order == (0, 1, 4, 5, 2, 3, 6, 7)
+    assert even(8, 4, 1).order == tuple(range(8))
+    assert layer_layout(even(8, 4, 1)) is None
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
 def test_every_layer_has_one_place(stages, chunks, size):
     layers = stages * chunks * size
-    places = order(layers, stages, chunks)
+    places = even(layers, stages, chunks).order
     assert sorted(places) == list(range(layers))
     for s in range(stages):
         own = places[s * chunks * size : (s + 1) * chunks * size]
@@ -134,7 +139,7 @@ def test_every_layer_has_one_place(stages, chunks, size):
 
 
 def test_only_stacked_layers_move():
-    layout = layer_layout(4, 2, 2)
+    layout = layer_layout(even(4, 2, 2))
     state = {"params": {"layers": {"w": np.arange(8.0).reshape(4, 2)}, "embed": np.arange(4.0)}, "skipped": np.int32(1)}
     with jax.set_mesh(jax.make_mesh((1,), ("data",))):
         state = jax.tree.map(jax.numpy.asarray, state)

@@ -171,9 +171,13 @@ def test_no_schedule_is_faster_than_its_work(size, backward_input, backward_weig
 
 
 def test_a_slow_stage_sets_the_pace():
-    even, uneven = OpCosts(), OpCosts(stages=(1.0, 1.0, 1.0, 2.0))
+    even, uneven = OpCosts(), OpCosts(shares=(1.0, 1.0, 1.0, 2.0))
     table = make_table("1f1b", 4, 8)
     assert lockstep_cost(table, uneven) > 1.5 * lockstep_cost(table, even)
+    # Of two chunks a stage one alone is slow.
+    table = make_table("interleaved", 2, 4, 2)
+    slow = OpCosts(shares=(1.0, 1.0, 1.0, 3.0))
+    assert busy(table, slow) == pytest.approx(1.5 * busy(table, OpCosts()))
 
 
 def test_the_comparison_has_the_cheapest_first_and_leaves_out_what_cannot_be():
