@@ -66,6 +66,8 @@ class PersisterKeeper:
             answer = json.loads(line) if line else {"reason": "the persister ended; see the log of the host"}
         except (OSError, ValueError) as error:
             answer = {"reason": f"the persister could not work: {error}"}
+        if "epoch" not in answer:  # it is dead, perhaps before the loop has heard so; the next order gets another
+            self._kill()
         if "reason" in answer:
             self._say("unpersisted", **place, reason=str(answer["reason"]))
         else:
