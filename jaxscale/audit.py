@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from jaxscale import axes
 from jaxscale.config import Config, ConfigError
+from jaxscale.config_error import choices
 from jaxscale.divisors import divisors
 from jaxscale.parallel import context
 from jaxscale.parallel.division import balanced, divide, in_program
@@ -124,7 +125,7 @@ def _sequences(config: Config, sizes: Mapping[str, int]) -> Iterator[str]:
         if sequence % shards:
             below = sequence // shards * shards
             options = [size for size in (below, below + shards) if size]
-            yield f"{_called(mesh_axes, sizes)} the sequence ({sequence}, {where}); use {_choices(options)} tokens"
+            yield f"{_called(mesh_axes, sizes)} the sequence ({sequence}, {where}); use {choices(options)} tokens"
 
 
 def _context(parameters: Mapping[str, Parameter], sizes: Mapping[str, int], config: Config) -> Iterator[str]:
@@ -221,7 +222,7 @@ def _replicated(parameters: Mapping[str, Parameter], sizes: Mapping[str, int]) -
             ]
             yield (
                 f"{share:.1%} of the parameters are replicated over mesh axis {axis!r} ({sizes[axis]}), which divides "
-                f"a dim of theirs (allowed are {REPLICATED_SHARE:.0%}): {listed}; name that dim {_choices(words)} in "
+                f"a dim of theirs (allowed are {REPLICATED_SHARE:.0%}): {listed}; name that dim {choices(words)} in "
                 f"the parameter table"
             )
 
@@ -294,9 +295,4 @@ def _listed(words: Sequence[str]) -> str:
 
 def _near(options: Sequence[int], wanted: int) -> str:
     """At most LISTED of the options, those nearest to what was wanted."""
-    return _choices(sorted(sorted(options, key=lambda option: (abs(option - wanted), option))[:LISTED]))
-
-
-def _choices(options: Sequence[object]) -> str:
-    words = [str(option) for option in options]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+    return choices(sorted(sorted(options, key=lambda option: (abs(option - wanted), option))[:LISTED]))

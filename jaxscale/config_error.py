@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class ConfigError(ValueError):
     """A setting that cannot work. The message says what, why, and how to fix it."""
@@ -11,3 +13,9 @@ def require(condition: bool, message: str) -> None:
     """Raises ConfigError where the condition does not hold."""
     if not condition:
         raise ConfigError(message)
+
+
+def choices(options: Sequence[object]) -> str:
+    """What an error offers, one or more: `2`, `2 or 4`, `2, 4 or 8`."""
+    words = [str(option) for option in options]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

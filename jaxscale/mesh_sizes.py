@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from jaxscale.config import ConfigError, MeshConfig
+from jaxscale.config_error import choices
 from jaxscale.divisors import divisors
 
 AXES = tuple(MeshConfig.__dataclass_fields__)
@@ -29,13 +30,13 @@ def resolve_sizes(
     """
     given = dict(defaults or {}) | {k: v for k, v in dataclasses.asdict(mesh).items() if v is not None}
     if devices % slices:
-        raise MeshError(f"{devices} devices cannot be {slices} equal slices; use {_choices(divisors(devices))} slices")
+        raise MeshError(f"{devices} devices cannot be {slices} equal slices; use {choices(divisors(devices))} slices")
     sizes = {axis: given.get(axis, 1) for axis in AXES} | {"data": given.get("data", slices)}
     if sizes["data"] % slices:
         works = [size for size in divisors(devices) if size % slices == 0]
         raise MeshError(
             f"mesh axis 'data' ({sizes['data']}) is not a multiple of the {slices} slices; it runs across slices, so "
-            f"that only gradients cross the slow links between them; use {_choices(works)}, or leave mesh.data unset"
+            f"that only gradients cross the slow links between them; use {choices(works)}, or leave mesh.data unset"
         )
     if "fsdp" not in given:
         sizes["fsdp"] = max(1, devices // math.prod(size for axis, size in sizes.items() if axis != "fsdp"))
@@ -62,15 +63,10 @@ def _remedy(sizes: Mapping[str, int], given: Mapping[str, int], devices: int, sl
             and (axis != "data" or size % slices == 0)
         ]
         if fitting:
-            options.append(f"mesh.{axis} {_choices(fitting)}")
+            options.append(f"mesh.{axis} {choices(fitting)}")
     fixed = math.prod(size for axis, size in sizes.items() if axis != "fsdp")
     if not options:
-        must = f"a divisor of {devices}: {_choices(divisors(devices))}" if free else f"a divisor of {devices}"
+        must = f"a divisor of {devices}: {choices(divisors(devices))}" if free else f"a divisor of {devices}"
         return f"the axes other than fsdp multiply to {fixed}, and must multiply to {must}"
     unset = "" if free or devices % fixed else ", or leave mesh.fsdp unset"
-    return f"use {_choices(options)}{unset}"
-
-
-def _choices(options: Sequence[object]) -> str:
-    words = [str(option) for option in options]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+    return f"use {choices(options)}{unset}"

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxscale import axes
 from jaxscale.config import ConfigError
+from jaxscale.config_error import choices
 
 AXIS = "context"
 Form = Literal["auto", "gather", "ring", "ulysses"]
@@ -89,7 +90,7 @@ def refusal(form: Form, sizes: Mapping[str, int], *, length: int, heads: int, kv
         return ""
     return (
         f"ulysses deals the {own} query heads and {own_keys} key/value heads of a device out over mesh.context "
-        f"({context}), which does not divide them; use mesh.context {_choices(fits)}, or model.context=ring"
+        f"({context}), which does not divide them; use mesh.context {choices(fits)}, or model.context=ring"
     )
 
 
@@ -263,11 +264,6 @@ def _ring_chunks(device: int, step: int, context: int) -> Iterator[tuple[int, in
 
 def _ring_counts(step: int, context: int, reach: int) -> list[int]:
     return [sum(is_needed(q, k, reach) for q, k in _ring_chunks(d, step, context)) for d in range(context)]
-
-
-def _choices(options: list[int]) -> str:
-    words = [str(option) for option in options]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def bytes_per_layer(

@@ -8,11 +8,12 @@ where layers lie, and `costs.py`, which balances them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from jaxscale.config import Config, PipelineConfig
-from jaxscale.config_error import ConfigError
+from jaxscale.config_error import ConfigError, choices
 from jaxscale.divisors import divisors
 from jaxscale.parallel.costs import partition
 from jaxscale.task import Parameter
@@ -69,10 +70,10 @@ def divide(layers: int, stages: int, pipeline: PipelineConfig) -> Division:
     depth, given = stages * pipeline.chunks, pipeline.layers
     if not given:
         if layers % stages:
-            options = _choices(divisors(layers))
+            options = choices(divisors(layers))
             raise ConfigError(f"mesh axis 'stage' ({stages}) does not divide layers ({layers}); use {options}")
         if layers % depth:
-            options = _choices(divisors(layers // stages))
+            options = choices(divisors(layers // stages))
             raise ConfigError(
                 f"pipeline.chunks ({pipeline.chunks}) does not divide the {layers // stages} layers of a stage; "
                 f"use {options}"
@@ -117,9 +118,7 @@ def work_of(config: Config, parameters: Mapping[str, Parameter]) -> tuple[float,
     share = experts.top_k / experts.count if experts is not None and experts.count else 1.0
     layer = head = 0.0
     for parameter in parameters.values():
-        size = 1
-        for n in parameter.shape:
-            size *= n
+        size = math.prod(parameter.shape)
         if parameter.axes[:1] == ("layers",):
             layer += size / parameter.shape[0] * (share if "experts" in parameter.axes else 1.0)
         elif "vocab" in parameter.axes:
@@ -133,8 +132,3 @@ def in_program(parameters: Mapping[str, Parameter], division: Division) -> dict[
         path: replace(p, shape=(division.places, *p.shape[1:])) if p.axes[:1] == ("layers",) else p
         for path, p in parameters.items()
     }
-
-
-def _choices(options: Sequence[int]) -> str:
-    words = [str(option) for option in options]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

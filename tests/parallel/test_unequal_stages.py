@@ -29,7 +29,8 @@ from jaxscale.train.step import make_step
 ROOT = Path(__file__).parents[2]
 for folder in ("parity", "parallel"):
     sys.path.insert(0, str(ROOT / "tests" / folder))
-from parity_run import mesh_of, parity_config  # noqa: E402 - beside the parity tests
+from parity_run import assert_same as assert_same_training  # noqa: E402 - beside the parity tests
+from parity_run import mesh_of, parity_config  # noqa: E402
 from parity_run import parity_run as run  # noqa: E402
 from test_expert_parity import assert_same, batch_of  # noqa: E402
 from test_expert_parity import config_of as with_experts  # noqa: E402
@@ -116,14 +117,7 @@ def test_gradients_and_losses_are_those_of_the_dense_model(schedule, layers, siz
     reference = dense(sum(layers), changes.get("variant", "lm_parity"))
     pipeline = PipelineConfig(schedule, len(layers) // sizes["stage"], layers)
     result = run(config_of(sum(layers), pipeline, **changes), sizes)
-    assert result.keys() == reference.keys()
-    for path in (path for path in reference if path.startswith("grad/")):
-        norm = np.linalg.norm(reference[path])
-        assert np.linalg.norm(result[path] - reference[path]) <= 1e-5 * norm, path
-    for path in (path for path in reference if path.startswith("init/")):
-        np.testing.assert_array_equal(result[path], reference[path], err_msg=path)
-    np.testing.assert_allclose(result["losses"], reference["losses"], rtol=1e-6)
-    np.testing.assert_allclose(result["norms"], reference["norms"], rtol=1e-5)
+    assert_same_training(result, reference)
 
 
 @pytest.mark.parametrize(

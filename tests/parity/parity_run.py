@@ -117,5 +117,21 @@ def main() -> None:
             np.savez(target, **result)
 
 
+def assert_same(result: dict[str, Any], reference: dict[str, Any]) -> None:
+    """Two runs have the same weights at the start, gradients, norms and losses."""
+    paths = [path for path in reference if path.startswith("grad/")]
+    assert len(paths) > 10
+    assert result.keys() == reference.keys()
+    for path in paths:
+        norm = np.linalg.norm(reference[path])
+        assert norm > 0, path
+        assert np.linalg.norm(result[path] - reference[path]) <= 1e-5 * norm, path
+    for path in reference:
+        if path.startswith("init/"):
+            np.testing.assert_array_equal(result[path], reference[path], err_msg=path)
+    np.testing.assert_allclose(result["losses"], reference["losses"], rtol=1e-6)
+    np.testing.assert_allclose(result["norms"], reference["norms"], rtol=1e-5)
+
+
 if __name__ == "__main__":
     main()

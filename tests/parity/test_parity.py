@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import parity_run
 import pytest
-from parity_run import parity_config
+from parity_run import assert_same, parity_config
 from parity_run import parity_run as run
 
 from jaxscale.testing.processes import run_world
@@ -26,21 +26,6 @@ MESHES = {
 def one_device(optimizer="adamw", variant="lm_parity"):
     """The reference: the whole batch at once, nothing recomputed."""
     return run(parity_config(optimizer, variant=variant), {})
-
-
-def assert_same(result, reference):
-    paths = [path for path in reference if path.startswith("grad/")]
-    assert len(paths) > 10
-    assert result.keys() == reference.keys()
-    for path in paths:
-        norm = np.linalg.norm(reference[path])
-        assert norm > 0, path
-        assert np.linalg.norm(result[path] - reference[path]) <= 1e-5 * norm, path
-    for path in reference:
-        if path.startswith("init/"):
-            np.testing.assert_array_equal(result[path], reference[path], err_msg=path)
-    np.testing.assert_allclose(result["losses"], reference["losses"], rtol=1e-6)
-    np.testing.assert_allclose(result["norms"], reference["norms"], rtol=1e-5)
 
 
 def test_the_run_learns_and_its_rows_differ():

@@ -61,6 +61,14 @@ class Kept:
             await asyncio.sleep(0.01)
         return self.said.pop(0) if self.said else None
 
+    async def stopped_amid(self, target):
+        """Pid of a persister that has written a part and is stopped now, with another order given to it."""
+        self.keeper.order(2, 7, target)
+        assert (await self.word())[0] == "persisted"
+        os.kill(self.pid, signal.SIGSTOP)
+        self.keeper.order(2, 7, target)
+        return self.pid
+
     @property
     def pid(self):
         return self.keeper._process.pid
@@ -119,11 +127,7 @@ def test_what_it_cannot_write_it_says(host, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
 def test_its_death_is_said_and_the_next_order_gets_another(host, tmp_path, number):
     async def body(one):
-        one.keeper.order(2, 7, tmp_path / "7")
-        assert (await one.word())[0] == "persisted"
-        first = one.pid
-        os.kill(first, signal.SIGSTOP)
-        one.keeper.order(2, 7, tmp_path / "7")
+        first = await one.stopped_amid(tmp_path / "7")
         assert await one.word(0.3) is None
         os.kill(first, number)
         os.kill(first, signal.SIGCONT)
@@ -139,11 +143,7 @@ def test_its_death_is_said_and_the_next_order_gets_another(host, tmp_path, numbe
 
 def test_what_is_given_up_is_ended_at_once_and_says_nothing(host, tmp_path):
     async def body(one):
-        one.keeper.order(2, 7, tmp_path / "7")
-        assert (await one.word())[0] == "persisted"
-        first = one.pid
-        os.kill(first, signal.SIGSTOP)
-        one.keeper.order(2, 7, tmp_path / "7")
+        first = await one.stopped_amid(tmp_path / "7")
         await asyncio.sleep(0.1)
         one.keeper.stop()
         assert await one.word(0.5) is None
