@@ -66,6 +66,7 @@ def audit(parameters: Mapping[str, Parameter], sizes: Mapping[str, int], config:
         *_idle_axes(parameters, sizes, config),
         *_pipeline(parameters, sizes, config),
         *_replicated(parameters, sizes),
+        *_zero(parameters, sizes, config),
     ]
     if problems:
         raise _error(problems, sizes)
@@ -73,7 +74,7 @@ def audit(parameters: Mapping[str, Parameter], sizes: Mapping[str, int], config:
     return AuditReport(
         parameters=sum(math.prod(parameter.shape) for parameter in parameters.values()),
         bytes_per_device={
-            path: math.prod(parameter.shape) * BYTES[config.precision.weights] // _shards(parameter, sizes)
+            path: math.prod(parameter.shape) * BYTES[config.precision.weights] // _shards(parameter, sizes, config)
             for path, parameter in kept.items()
         },
         rows=config.data.batch,
@@ -206,6 +207,25 @@ def _with_padding(
         return parameters
 
 
+def _zero(parameters: Mapping[str, Parameter], sizes: Mapping[str, int], config: Config) -> Iterator[str]:
+    """What does not go with weights that are whole on every device."""
+    level = config.state.zero
+    if level == 3:
+        return
+    layered = any(p.axes[:1] == ("layers",) for p in parameters.values())
+    if level == 2 and sizes["stage"] > 1 and layered:
+        yield (
+            "state.zero 2 scatters gradients as they come, and a pipeline stage adds up those of its microbatches as "
+            "its weights lie; with mesh.stage set state.zero to 1 or 3"
+        )
+    for name, value, needed in (
+        ("across.gradients", config.across.gradients, "direct"),
+        ("local.every", config.local.every, 0),
+    ):
+        if value != needed:
+            yield f"state.zero {level} does not go with {name} {value}; set state.zero to 3, or {name} to {needed}"
+
+
 def _replicated(parameters: Mapping[str, Parameter], sizes: Mapping[str, int]) -> Iterator[str]:
     for axis in axes.GATHERED:
         wasted = {
@@ -268,8 +288,11 @@ def _split_over(name: str | None, sizes: Mapping[str, int]) -> tuple[str, ...]:
     return tuple(axis for axis in axes.mesh_axes(name) if sizes[axis] > 1)
 
 
-def _shards(parameter: Parameter, sizes: Mapping[str, int]) -> int:
-    return math.prod(sizes[axis] for name in parameter.axes for axis in axes.mesh_axes(name))
+def _shards(parameter: Parameter, sizes: Mapping[str, int], config: Config) -> int:
+    """Parts that a weight is stored in."""
+    whole_over = axes.GATHERED if config.state.zero < 3 else ()
+    split_over = (axis for name in parameter.axes for axis in axes.mesh_axes(name))
+    return math.prod(sizes[axis] for axis in split_over if axis not in whole_over)
 
 
 def _called(mesh_axes: Sequence[str], sizes: Mapping[str, int]) -> str:

@@ -20,6 +20,7 @@ from jaxscale.config_tree import PLACEMENT, config_hash, diff, flatten, not_fini
 from jaxscale.model_config import ModelConfig
 from jaxscale.parallel.across_config import AcrossConfig
 from jaxscale.parallel.local_config import LocalConfig
+from jaxscale.state_config import StateConfig
 
 EARLY = "early"
 """`run.profile` of some early steps, wherever a start begins."""
@@ -350,6 +351,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     remat: RematConfig = field(default_factory=RematConfig)
+    state: StateConfig = field(default_factory=StateConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     across: AcrossConfig = field(default_factory=AcrossConfig)
     local: LocalConfig = field(default_factory=LocalConfig)

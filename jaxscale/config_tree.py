@@ -14,7 +14,7 @@ from typing import Any
 
 PLACEMENT = frozenset(
     [
-        *("steps", "on", "devices", "mesh", "run", "checkpoint", "memory", "evaluate", "sample"),
+        *("steps", "on", "devices", "mesh", "state", "run", "checkpoint", "memory", "evaluate", "sample"),
         *("data.cache", "data.prefetch"),
     ]
 )

@@ -33,10 +33,10 @@ from jaxscale.train.initial import initial_state
 from jaxscale.train.loop import Evaluate, Loop
 from jaxscale.train.protocols import Outcome, Record, Restore, Sinks, Start, World
 from jaxscale.train.samples import Sampler
-from jaxscale.train.state import State, abstract_state
+from jaxscale.train.state import State, abstract_state, state_bytes
 from jaxscale.train.step import make_step
 from jaxscale.train.stop import StopAsked
-from jaxscale.train.summary import Summary, bytes_per_device
+from jaxscale.train.summary import Summary
 from jaxscale.train.tables import weights_of
 from jaxscale.world import barrier
 
@@ -80,7 +80,7 @@ def run_worker(config: Config, world: World, restore: Restore, sinks: Sinks, hoo
         record = replace(record, epoch=world.epoch)
         notes += filter(None, [profile.note(config.run.profile, record.step, config.steps)])
         notes += report.warnings
-        summary = _summary(config, mesh, report.parameters, abstract, corpora, record, sinks, notes)
+        summary = _summary(config, task, mesh, report.parameters, abstract, corpora, record, sinks, notes)
         sinks.begin(
             Start(
                 summary=summary,
@@ -148,6 +148,7 @@ def _state_and_record(
 
 def _summary(
     config: Config,
+    task: Task,
     mesh: jax.sharding.Mesh,
     parameters: int,
     abstract: State,
@@ -161,7 +162,7 @@ def _summary(
         name=config.name,
         parameters=parameters,
         mesh=describe(mesh),
-        bytes_per_device=bytes_per_device(abstract, 4 if config.precision.reduce == "float32" else 2),
+        bytes_per_device=state_bytes(config, task, abstract),
         steps=config.steps,
         rows=phase.batch,
         sequence=phase.sequence if config.model.unit == "tokens" else 1,

@@ -22,16 +22,21 @@ TABLE = ("vocab", "embed")
 """Logical axes of the table."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def embed(precision: Precision, table_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:
     """Rows of the table, in the compute dtype, sharded as the residual stream: (B, S, D).
 
     Each device looks up, in the rows and columns that it has, the tokens of its group; zeros stand for rows that other
     `tensor` devices have, and the sum over them puts them together. The gradient is summed in `precision.reduce`: a
-    frequent token adds up thousands of rows, too many for bfloat16.
+    frequent token adds up thousands of rows, too many for bfloat16. A table that is whole on every device of `fsdp` is
+    cut first, and its gradient put together last.
     """
+    return _embed(precision, jax.reshard(table_VD, axes.spec(*TABLE)), tokens_BS)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _embed(precision: Precision, table_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:
+    """The same of a table sharded as TABLE."""
     stored, residual, tokens = axes.spec(*TABLE), _residual(), _tokens()
-    table_VD = jax.reshard(table_VD, stored)
     groups = embedding_groups(table_VD.shape[1], jax.sharding.get_abstract_mesh().shape[AXIS])
 
     def body(table_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:
@@ -49,7 +54,7 @@ def embed(precision: Precision, table_VD: jax.Array, tokens_BS: jax.Array) -> ja
 def _forward(
     precision: Precision, table_VD: jax.Array, tokens_BS: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return embed(precision, table_VD, tokens_BS), (table_VD, tokens_BS)
+    return _embed(precision, table_VD, tokens_BS), (table_VD, tokens_BS)
 
 
 def _backward(
@@ -75,7 +80,7 @@ def _backward(
     return total.astype(table_VD.dtype), None
 
 
-embed.defvjp(_forward, _backward)
+_embed.defvjp(_forward, _backward)
 
 
 def _manual(body: Callable[..., jax.Array], inputs: tuple[P, ...], output: P) -> Callable[..., jax.Array]:

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxscale import axes
 from jaxscale.layers.reduce import contract
+from jaxscale.parallel.zero import Weight, at_use, gradient_of, gradient_spec
 from jaxscale.precision import Precision
 
 
@@ -60,7 +61,7 @@ def row(equation: str, weight: tuple[str | None, ...], x: P) -> Projection:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def project(
-    projections: tuple[Projection, ...], precision: Precision, x: jax.Array, weights: tuple[jax.Array, ...]
+    projections: tuple[Projection, ...], precision: Precision, x: jax.Array, weights: tuple[Weight, ...]
 ) -> tuple[jax.Array, ...]:
     """`y_i = einsum(equation_i, x, weights_i)` for weights that read the same input.
 
@@ -72,11 +73,11 @@ def project(
 
 
 def _forward(
-    projections: tuple[Projection, ...], precision: Precision, x: jax.Array, weights: tuple[jax.Array, ...]
-) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, tuple[jax.Array, ...]]]:
+    projections: tuple[Projection, ...], precision: Precision, x: jax.Array, weights: tuple[Weight, ...]
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, tuple[Weight, ...]]]:
     gathered = jax.reshard(x, projections[0].x)
     outputs = tuple(
-        contract([(p.equation, gathered, _gather(p, precision, w))], p.out, precision.compute)
+        contract([(p.equation, gathered, at_use(w, p.weight, precision.compute))], p.out, precision.compute)
         for p, w in zip(projections, weights, strict=True)
     )
     return outputs, (x, weights)
@@ -85,9 +86,9 @@ def _forward(
 def _backward(
     projections: tuple[Projection, ...],
     precision: Precision,
-    residuals: tuple[jax.Array, tuple[jax.Array, ...]],
+    residuals: tuple[jax.Array, tuple[Weight, ...]],
     gradients: tuple[jax.Array, ...],
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+) -> tuple[jax.Array, tuple[Weight, ...]]:
     x, weights = residuals
     gathered = jax.reshard(x, projections[0].x)
     parts, weight_gradients = [], []
@@ -95,14 +96,10 @@ def _backward(
         operands, y_dims = p.equation.split("->")
         x_dims, w_dims = operands.split(",")
         dy = jax.reshard(dy, p.y)
-        parts.append((f"{y_dims},{w_dims}->{x_dims}", dy, _gather(p, precision, w)))
-        dw = contract([(f"{x_dims},{y_dims}->{w_dims}", gathered, dy)], axes.spec(*p.weight), precision.reduce)
-        weight_gradients.append(dw.astype(w.dtype))
+        parts.append((f"{y_dims},{w_dims}->{x_dims}", dy, at_use(w, p.weight, precision.compute)))
+        dw = contract([(f"{x_dims},{y_dims}->{w_dims}", gathered, dy)], gradient_spec(w), precision.reduce)
+        weight_gradients.append(gradient_of(w, dw))
     return contract(parts, jax.typeof(x).sharding.spec, precision.compute), tuple(weight_gradients)
 
 
 project.defvjp(_forward, _backward)
-
-
-def _gather(projection: Projection, precision: Precision, weight: jax.Array) -> jax.Array:
-    return jax.reshard(weight.astype(precision.compute), axes.gathered_spec(projection.weight))

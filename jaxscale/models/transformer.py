@@ -36,6 +36,7 @@ from jaxscale.parallel.division import Division, divide
 from jaxscale.parallel.layer_layout import layer_layout, stored_spec
 from jaxscale.parallel.microbatches import split
 from jaxscale.parallel.pipeline import forward_loss, stages
+from jaxscale.parallel.zero import shard_of
 from jaxscale.task import NOTHING, PER_LAYER, Batch, LayerSums, Parameter, Params
 from jaxscale.tree import flatten, unflatten
 
@@ -141,7 +142,7 @@ class TransformerTask:
 
     def begin(self, params: Params, batch: Batch) -> jax.Array:
         """The embedded tokens, (B, S, D) in the compute dtype."""
-        return embed(self.precision, params["embed"]["table"], batch["tokens"])
+        return embed(self.precision, shard_of(params["embed"]["table"]), batch["tokens"])
 
     def end(self, params: Params, x_BSD: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss of what the last layer gives, as `loss` returns it."""
@@ -165,7 +166,7 @@ class TransformerTask:
 
     def head(self, params: Params) -> jax.Array:
         """The head's weight (D, V), or the embedding table (V, D) when tied."""
-        return params["embed"]["table"] if self.model.tied else params["head"]["weight"]
+        return shard_of(params["embed"]["table"] if self.model.tied else params["head"]["weight"])
 
     def hidden(self, params: Params, batch: Batch, key: jax.Array | None) -> jax.Array:
         """The residual stream after the last norm, (B, S, D) in the compute dtype. No key: no dropout."""

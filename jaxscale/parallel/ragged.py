@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxscale import axes
 from jaxscale.layers.reduce import names, reduce_scatter
 from jaxscale.parallel.expert import EXPERT, TOKENS
+from jaxscale.parallel.zero import Weight, at_use, gradient_of, gradient_spec
 from jaxscale.precision import Precision
 
 ROWS = ("act_residual_rows",)
@@ -28,10 +29,12 @@ ROWS = ("act_residual_rows",)
 WHOLE_ROWS = ("act_rows",)
 """The same while multiplying, when the devices of `tensor` have all of theirs."""
 IN, OUT = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
-Weights = Mapping[str, jax.Array]
+Weights = Mapping[str, Weight]
+Whole = dict[str, jax.Array]
+"""Weights at their use, or their gradients."""
 
 
-_Residuals = tuple[jax.Array, jax.Array, dict[str, jax.Array], jax.Array, jax.Array]
+_Residuals = tuple[jax.Array, jax.Array, dict[str, Weight], jax.Array, jax.Array]
 
 
 class Moves(NamedTuple):
@@ -102,7 +105,7 @@ def _forward(
 ) -> tuple[jax.Array, _Residuals]:
     rows, hidden = axes.spec(*ROWS), axes.spec(*WHOLE_ROWS, "act_mlp")
 
-    def body(x_rD: jax.Array, expert_r: jax.Array, weights: Weights) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def body(x_rD: jax.Array, expert_r: jax.Array, weights: Whole) -> tuple[jax.Array, jax.Array, jax.Array]:
         groups = _Groups(expert_r, weights["up"].shape[0], precision)
         x_rD = groups.sort(_gather_rows(x_rD))
         gate_rF, up_rF = (groups.product(x_rD, weights[name]) for name in ("gate", "up"))
@@ -124,11 +127,11 @@ def _backward(precision: Precision, residuals: _Residuals, dy_RD: jax.Array) -> 
     x_RD, expert_R, stored, gate_RF, up_RF = residuals
     rows, hidden = axes.spec(*ROWS), axes.spec(*WHOLE_ROWS, "act_mlp")
     summed = {axis for entry in axes.spec(*WHOLE_ROWS) for axis in names(entry)} - set(axes.mesh_axes("experts"))
-    whole, kept = _specs(axes.gathered_spec), _specs(lambda weight: axes.spec(*weight))
+    whole, kept = _specs(axes.gathered_spec), {name: gradient_spec(weight) for name, weight in stored.items()}
 
     def body(
-        x_rD: jax.Array, expert_r: jax.Array, weights: Weights, gate_rF: jax.Array, up_rF: jax.Array, dy_rD: jax.Array
-    ) -> tuple[jax.Array, Weights]:
+        x_rD: jax.Array, expert_r: jax.Array, weights: Whole, gate_rF: jax.Array, up_rF: jax.Array, dy_rD: jax.Array
+    ) -> tuple[jax.Array, Whole]:
         groups = _Groups(expert_r, weights["up"].shape[0], precision)
         x_rD, dy_rD = (groups.sort(_gather_rows(value)) for value in (x_rD, dy_rD))
         hidden_rF, of_hidden = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate_rF, up_rF)
@@ -149,7 +152,7 @@ def _backward(precision: Precision, residuals: _Residuals, dy_RD: jax.Array) -> 
         check_vma=False,
     )
     dx_RD, gradients = region(x_RD, expert_R, _gathered(precision, stored), gate_RF, up_RF, dy_RD)
-    return dx_RD, None, {name: gradient.astype(stored[name].dtype) for name, gradient in gradients.items()}
+    return dx_RD, None, {name: gradient_of(stored[name], gradient) for name, gradient in gradients.items()}
 
 
 each_expert.defvjp(_forward, _backward)
@@ -252,10 +255,10 @@ def _specs(of: Callable[[tuple[str, ...]], jax.P]) -> dict[str, jax.P]:
     return {name: of(weight) for name, weight in (("gate", IN), ("up", IN), ("down", OUT))}
 
 
-def _gathered(precision: Precision, weights: Weights) -> dict[str, jax.Array]:
+def _gathered(precision: Precision, weights: Weights) -> Whole:
     return {
-        name: jax.reshard(weights[name].astype(precision.compute), spec)
-        for name, spec in _specs(axes.gathered_spec).items()
+        name: at_use(weights[name], weight_axes, precision.compute)
+        for name, weight_axes in (("gate", IN), ("up", IN), ("down", OUT))
     }
 
 

@@ -17,7 +17,7 @@ from jaxscale.plan.compiled import compile_step, topology_mesh
 from jaxscale.plan.program_text import read_program, total_flops
 from jaxscale.plan.report import Plan, hidden_share, links_of, schedules_of
 from jaxscale.plan.traffic import transfers
-from jaxscale.train.state import State, abstract_state
+from jaxscale.train.state import State, abstract_state, state_bytes
 from jaxscale.train.summary import KINDS, bytes_per_device, human_bytes
 from jaxscale.tree import flatten
 
@@ -44,7 +44,7 @@ def make_plan(config: Config, compiles: bool) -> Plan:
         name=config.name,
         mesh=f"{shown} on {config.on}" if config.on else shown,
         parameters=report.parameters,
-        held=bytes_per_device(state, reduce_bytes),
+        held=state_bytes(config, task, state),
         capacity=load_chip(load_mesh_file(config.on).chip).hbm_bytes.value if config.on else 0.0,
         schedules=schedules,
         padding=padding,

@@ -108,8 +108,8 @@ def program_identity(config: Config, processes: int, devices: Sequence[jax.Devic
     Every rank runs the same program (one program, many data), so that what one compiled another one can load.
     """
     plain = to_dict(config)
-    names = ("model", "optim", "train", "precision", "remat", "pipeline", "across", "local", "mesh", "data", "phases")
-    kept = {key: plain[key] for key in names}
+    names = ("model", "optim", "train", "precision", "remat", "state", "pipeline", "across", "local", "mesh", "data")
+    kept = {key: plain[key] for key in (*names, "phases")}
     return {
         "config": kept,
         "steps": config.steps,

@@ -28,8 +28,10 @@ from jaxscale.optim.build import Optimizer, make_optimizer
 from jaxscale.optim.ema import init_ema
 from jaxscale.parallel.gradient_exchange import init_across
 from jaxscale.parallel.local_sgd import init_local
+from jaxscale.parallel.zero import as_shards, as_stored, gradient_shapes
 from jaxscale.task import Params, Task
 from jaxscale.train.guard import empty_window
+from jaxscale.train.summary import bytes_per_device
 from jaxscale.train.tables import init_tables
 
 State = dict[str, Any]
@@ -43,8 +45,9 @@ def init_state(config: Config, task: Task, optimizer: Optimizer, params: Params 
     root = jax.random.key(config.seed)
     params = task.init(jax.random.fold_in(root, 0)) if params is None else params
     params, tables = init_tables(task, params)
+    params = as_shards(task.parameters, params)
     return {
-        "params": params,
+        "params": as_stored(config.state.zero, task.parameters, params),
         **(init_local(config, optimizer, params) if config.local.every else {"opt": optimizer.init(params)}),
         **({"ema": init_ema(params)} if config.optim.ema else {}),
         **tables,
@@ -85,3 +88,9 @@ def abstract_state(config: Config, task: Task, optimizer: Optimizer) -> State:
     mesh = jax.sharding.get_mesh()
     everywhere = NamedSharding(jax.sharding.get_abstract_mesh() if mesh.empty else mesh, P())
     return jax.tree.map(lambda x: x if x.sharding is not None else x.update(sharding=everywhere), shapes)
+
+
+def state_bytes(config: Config, task: Task, abstract: State) -> dict[str, int]:
+    """Bytes of an abstract state on each device, by kind, with those of the gradients of a step."""
+    reduced = 4 if config.precision.reduce == "float32" else 2
+    return bytes_per_device(abstract, reduced, gradient_shapes(config.state.zero, task.parameters, abstract["params"]))

@@ -19,6 +19,7 @@ from jaxscale.optim.clip import clip_by_global_norm, norm_of, sum_of_squares
 from jaxscale.optim.ema import update_ema
 from jaxscale.parallel.gradient_exchange import reduced_gradients
 from jaxscale.parallel.local_sgd import local_step
+from jaxscale.parallel.zero import as_shards, as_stored
 from jaxscale.task import Batch, Task
 from jaxscale.train import guard
 from jaxscale.train.state import State
@@ -46,16 +47,19 @@ def train_step(
 
     clipped = clip_by_global_norm(gradients, norm, config.optim.clip)
     tables = update_tables(task, state, batch, clipped.pop(TABLES, {}), accepted, optimizer.share(step))
-    updates, opt = optimizer.update(clipped, state["opt"], state["params"], step)
-    params = apply_updates(state["params"], updates)
+    before = as_shards(task.parameters, state["params"])
+    updates, opt = optimizer.update(as_shards(task.parameters, clipped), state["opt"], before, step)
+    params = apply_updates(before, updates)
     new = {"params": params, "opt": opt, **across}
     if "ema" in state:
         new["ema"] = update_ema(state["ema"], params, config.optim.ema)
 
-    kept = jax.tree.map(partial(jnp.where, accepted), new, {name: state[name] for name in new})
+    old = {name: state[name] for name in new} | {"params": before}
+    kept = jax.tree.map(partial(jnp.where, accepted), new, old)
+    kept["params"] = as_stored(config.state.zero, task.parameters, kept["params"])
     skipped = state["skipped"] + jnp.where(accepted, 0, 1)
     metrics |= {"grad_norm": norm, "learning_rate": optimizer.learning_rate(step), "spike": score, "skipped": skipped}
-    metrics |= counts | extra_metrics(config, task, metrics, squares, state["params"], params)
+    metrics |= counts | extra_metrics(config, task, metrics, squares, before, params)
     window = guard.push(state["window"], metrics["loss"], norm)
     return {**state, **kept, **tables, "window": window, "skipped": skipped}, metrics
 

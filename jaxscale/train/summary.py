@@ -52,14 +52,17 @@ class Summary:
         return self.rows * self.sequence
 
 
-def bytes_per_device(state: Mapping[str, Any], reduce_dtype_bytes: int = 4) -> dict[str, int]:
+def bytes_per_device(
+    state: Mapping[str, Any], reduce_dtype_bytes: int = 4, gradients: Mapping[str, Any] | None = None
+) -> dict[str, int]:
     """Bytes that a state takes on each device, by kind; leaves are arrays or ShapeDtypeStructs with shardings.
 
-    Gradients are as the parameters, in the dtype they are reduced in; they live only during a step.
+    Gradients are as the parameters, or have the shapes and shardings of `gradients`, in the dtype they are reduced in;
+    they live only during a step.
     """
     held = {name: sum(map(_shard_bytes, jax.tree.leaves(state[key]))) for key, name in KINDS.items() if key in state}
-    gradients = sum(_shard_size(leaf) * reduce_dtype_bytes for leaf in jax.tree.leaves(state["params"]))
-    return {**held, "gradients": gradients}
+    summed = state["params"] if gradients is None else gradients
+    return {**held, "gradients": sum(_shard_size(leaf) * reduce_dtype_bytes for leaf in jax.tree.leaves(summed))}
 
 
 def summary_lines(summary: Summary) -> list[str]:
