@@ -15,6 +15,7 @@ from jaxscale import axes
 from jaxscale.config import Config, ConfigError
 from jaxscale.config_error import choices
 from jaxscale.divisors import divisors
+from jaxscale.host_memory import is_streamed
 from jaxscale.parallel import context
 from jaxscale.parallel.division import balanced, divide, in_program
 from jaxscale.parallel.schedules import ScheduleError, check_sizes
@@ -67,6 +68,7 @@ def audit(parameters: Mapping[str, Parameter], sizes: Mapping[str, int], config:
         *_pipeline(parameters, sizes, config),
         *_replicated(parameters, sizes),
         *_zero(parameters, sizes, config),
+        *_offload(parameters, sizes, config),
     ]
     if problems:
         raise _error(problems, sizes)
@@ -224,6 +226,28 @@ def _zero(parameters: Mapping[str, Parameter], sizes: Mapping[str, int], config:
     ):
         if value != needed:
             yield f"state.zero {level} does not go with {name} {value}; set state.zero to 3, or {name} to {needed}"
+
+
+def _offload(parameters: Mapping[str, Parameter], sizes: Mapping[str, int], config: Config) -> Iterator[str]:
+    """What does not go with a state in the hosts' memory."""
+    asked = config.state.offload
+    if not asked:
+        return
+    listed = ",".join(asked)
+    if "ema" in asked and not config.optim.ema:
+        yield "state.offload has ema, and optim.ema is 0: no average is kept; take it out"
+    if "params" in asked and not any(is_streamed(p) for p in parameters.values()):
+        yield "state.offload has params, and the model has no stack of layers to move one by one; take it out"
+    if "params" in asked and sizes["stage"] > 1:
+        yield "state.offload params does not go with mesh.stage: stages save the gathers that it would add to"
+    if config.pipeline.chunks > 1:
+        yield f"state.offload {listed} does not go with pipeline.chunks {config.pipeline.chunks}; use 1"
+    for name, value, needed in (
+        ("across.gradients", config.across.gradients if "params" in asked else "direct", "direct"),
+        ("local.every", config.local.every, 0),
+    ):
+        if value != needed:
+            yield f"state.offload {listed} does not go with {name} {value}; set {name} to {needed}"
 
 
 def _replicated(parameters: Mapping[str, Parameter], sizes: Mapping[str, int]) -> Iterator[str]:

@@ -243,6 +243,16 @@ class RematConfig:
     """none keeps all activations, full none, dots the matrix products; names and offload those that `names` lists."""
     names: tuple[str, ...] = ("attention", "mlp")
     """Activations kept (names) or moved to host memory (offload)."""
+    offload: tuple[str, ...] = ()
+    """Activations moved to host memory beside those that policy names or full keeps."""
+
+    def __post_init__(self) -> None:
+        _require(
+            not self.offload or self.policy in ("full", "names"),
+            f"remat.offload goes with remat.policy full or names, not {self.policy}; set one of them",
+        )
+        both = sorted(set(self.offload) & set(self.names)) if self.policy == "names" else []
+        _require(not both, f"remat.names and remat.offload both have {', '.join(both)}; take it out of one")
 
 
 @dataclass(frozen=True)

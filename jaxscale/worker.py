@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jaxscale import audit
+from jaxscale import audit, host_memory
 from jaxscale import config as config_library
 from jaxscale.checkpoint.stored_layout import restoring, storing
 from jaxscale.config import Config
@@ -56,6 +56,7 @@ def run_worker(config: Config, world: World, restore: Restore, sinks: Sinks, hoo
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
         config.model.check(config, mesh.devices.flat[0].platform)
+        host_memory.check(config, mesh.local_devices)
         task = with_step_metrics(config.model.task(config), hooks)
         report = audit.audit(task.parameters, mesh_sizes(mesh), config)
         optimizer = make_optimizer(config.optim, task.parameters, config.steps)
@@ -163,6 +164,7 @@ def _summary(
         parameters=parameters,
         mesh=describe(mesh),
         bytes_per_device=state_bytes(config, task, abstract),
+        host_bytes=host_memory.bytes_on_host(abstract),
         steps=config.steps,
         rows=phase.batch,
         sequence=phase.sequence if config.model.unit == "tokens" else 1,

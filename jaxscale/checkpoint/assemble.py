@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, NamedSharding, Sharding
+from jax.sharding import AbstractMesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from jaxscale import tree
 from jaxscale.checkpoint.boxes import Box, box_of, intersect, lengths, text, uncovered, within
@@ -70,7 +70,11 @@ def assemble(
     placed = iter(
         _put(
             [target.buffers[box] for target in targets.values() for box in target.devices.values()],
-            [device for target in targets.values() for device in target.devices],
+            [
+                SingleDeviceSharding(device, memory_kind=shardings[path].memory_kind)
+                for path, target in targets.items()
+                for device in target.devices
+            ],
         )
     )
     state = {}
@@ -162,16 +166,16 @@ def _fill(targets: Mapping[str, _Target], choice: Choice, fetch: Fetch, rejected
         )
 
 
-def _put(values: list[np.ndarray[Any, Any]], devices: list[Any]) -> list[Any]:
-    """The values on the devices, in memory that is theirs alone.
+def _put(values: list[np.ndarray[Any, Any]], places: list[SingleDeviceSharding]) -> list[Any]:
+    """The values on the devices or in their hosts' memory, in arrays that are theirs alone.
 
     On a CPU, `device_put` makes a window into numpy's memory where that is aligned, whatever `may_alias` says. Such an
     array cannot be donated in place, and one buffer may be behind several devices; a second put, from array to array,
     does copy.
     """
-    arrays = jax.device_put(values, devices)
-    if all(device.platform == "cpu" for device in devices):
-        arrays = jax.device_put(arrays, devices, may_alias=False)
+    arrays = jax.device_put(values, places)
+    if jax.default_backend() == "cpu":
+        arrays = jax.device_put(arrays, places, may_alias=False)
     return list(arrays)
 
 

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxscale import axes
 from jaxscale.layers.reduce import contract
-from jaxscale.parallel.zero import Weight, at_use, gradient_of, gradient_spec
+from jaxscale.parallel.zero import Weight, at_use, for_backward, gradient_of, gradient_spec
 from jaxscale.precision import Precision
 
 
@@ -80,7 +80,7 @@ def _forward(
         contract([(p.equation, gathered, at_use(w, p.weight, precision.compute))], p.out, precision.compute)
         for p, w in zip(projections, weights, strict=True)
     )
-    return outputs, (x, weights)
+    return outputs, (x, tuple(map(for_backward, weights)))
 
 
 def _backward(
@@ -97,7 +97,7 @@ def _backward(
         x_dims, w_dims = operands.split(",")
         dy = jax.reshard(dy, p.y)
         parts.append((f"{y_dims},{w_dims}->{x_dims}", dy, at_use(w, p.weight, precision.compute)))
-        dw = contract([(f"{x_dims},{y_dims}->{w_dims}", gathered, dy)], gradient_spec(w), precision.reduce)
+        dw = contract([(f"{x_dims},{y_dims}->{w_dims}", gathered, dy)], gradient_spec(w, p.weight), precision.reduce)
         weight_gradients.append(gradient_of(w, dw))
     return contract(parts, jax.typeof(x).sharding.spec, precision.compute), tuple(weight_gradients)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxscale import axes, precision, remat, rng
 from jaxscale.checkpoint.stored_layout import StoredLayout
@@ -271,6 +272,7 @@ class TransformerTask:
             order = context.order(length, context.size()) if self._balanced(length) else None
             return rng.dropout(update_BSD, model.dropout, jax.random.fold_in(dropout_key, branch), row_B, order)
 
+        x_BSD = checkpoint_name(x_BSD, "layer_input")
         normed_BSD = rms_norm(x_BSD, weights["attention_norm"]["scale"], model.norm_epsilon)
         mixed_BSD = attention_layer(
             normed_BSD, weights["attention"], tables, attend, model.norm_epsilon, self.precision

@@ -24,7 +24,7 @@ from jaxscale.parallel import power_sgd
 from jaxscale.parallel.across_config import AcrossConfig
 from jaxscale.parallel.compress import BFloat16, Codec, Quantised, drawn, largest, padded, rounding_noise
 from jaxscale.parallel.slices import DATA, EVERYWHERE, OWN, as_own, on_each_slice, own, slices, total
-from jaxscale.parallel.zero import as_shards
+from jaxscale.parallel.zero import differentiable
 from jaxscale.task import Batch, Parameter, Params, Task
 from jaxscale.train.accumulate import Sums, loss_and_gradients
 
@@ -87,9 +87,9 @@ def reduced_gradients(
     compute = partial(loss_and_gradients, task, microbatches=config.train.microbatches, noise=config.train.noise_scale)
     if config.across.gradients == "direct":
         params: Params = state["params"]
-        if config.state.zero == 2:
-            compute = partial(compute, whole=params)
-            params = as_shards(task.parameters, params)
+        if config.state.zero == 2 or "params" in config.state.offload:
+            compute = partial(compute, kept=params)
+            params = differentiable(task.parameters, params)
         return *compute(params=params, batch=batch, key=key, bags=bags), {}
 
     def body(params: Params, batch: Batch, key: jax.Array, step: jax.Array, kept: State) -> tuple[Sums, Params, State]:

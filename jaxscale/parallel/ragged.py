@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxscale import axes
 from jaxscale.layers.reduce import names, reduce_scatter
 from jaxscale.parallel.expert import EXPERT, TOKENS
-from jaxscale.parallel.zero import Weight, at_use, gradient_of, gradient_spec
+from jaxscale.parallel.zero import Weight, at_use, for_backward, gradient_of, gradient_spec
 from jaxscale.precision import Precision
 
 ROWS = ("act_residual_rows",)
@@ -29,6 +29,8 @@ ROWS = ("act_residual_rows",)
 WHOLE_ROWS = ("act_rows",)
 """The same while multiplying, when the devices of `tensor` have all of theirs."""
 IN, OUT = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+WEIGHTS = (("gate", IN), ("up", IN), ("down", OUT))
+"""Logical axes by name."""
 Weights = Mapping[str, Weight]
 Whole = dict[str, jax.Array]
 """Weights at their use, or their gradients."""
@@ -120,14 +122,17 @@ def _forward(
         check_vma=False,
     )
     y_RD, gate_RF, up_RF = region(x_RD, expert_R, _gathered(precision, weights))
-    return y_RD, (x_RD, expert_R, dict(weights), gate_RF, up_RF)
+    return y_RD, (x_RD, expert_R, {name: for_backward(w) for name, w in weights.items()}, gate_RF, up_RF)
 
 
 def _backward(precision: Precision, residuals: _Residuals, dy_RD: jax.Array) -> tuple[jax.Array, None, Weights]:
     x_RD, expert_R, stored, gate_RF, up_RF = residuals
     rows, hidden = axes.spec(*ROWS), axes.spec(*WHOLE_ROWS, "act_mlp")
     summed = {axis for entry in axes.spec(*WHOLE_ROWS) for axis in names(entry)} - set(axes.mesh_axes("experts"))
-    whole, kept = _specs(axes.gathered_spec), {name: gradient_spec(weight) for name, weight in stored.items()}
+    whole, kept = (
+        _specs(axes.gathered_spec),
+        {name: gradient_spec(stored[name], weight_axes) for name, weight_axes in WEIGHTS},
+    )
 
     def body(
         x_rD: jax.Array, expert_r: jax.Array, weights: Whole, gate_rF: jax.Array, up_rF: jax.Array, dy_rD: jax.Array
@@ -252,14 +257,11 @@ def _scatter_rows(rows: jax.Array) -> jax.Array:
 
 
 def _specs(of: Callable[[tuple[str, ...]], jax.P]) -> dict[str, jax.P]:
-    return {name: of(weight) for name, weight in (("gate", IN), ("up", IN), ("down", OUT))}
+    return {name: of(weight) for name, weight in WEIGHTS}
 
 
 def _gathered(precision: Precision, weights: Weights) -> Whole:
-    return {
-        name: at_use(weights[name], weight_axes, precision.compute)
-        for name, weight_axes in (("gate", IN), ("up", IN), ("down", OUT))
-    }
+    return {name: at_use(weights[name], weight_axes, precision.compute) for name, weight_axes in WEIGHTS}
 
 
 def _to_store(gradient: jax.Array, whole: jax.P, kept: jax.P, summed: set[str]) -> jax.Array:

@@ -8,8 +8,8 @@
 (Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", section 5.) A shard
 has `axes.spec` of the weight's logical axes; whole is `axes.gathered_spec`, the same without `fsdp`. Whoever multiplies
 reads from a weight's type how it is stored. At level 2 a weight and its gradient have different types, which autodiff
-does not know: the loss then gets both forms of each weight, a `Held`, and is differentiated by the shard. Read next:
-`layers/linear.py`, `train/step.py`.
+does not know: the loss then gets both forms of each weight, a `Held`, and is differentiated by the shard. So it is
+where weights are kept on the host. Read next: `layers/linear.py`, `train/step.py`.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxscale import axes, tree
+from jaxscale.host_memory import is_on_host, to_device, to_host
 from jaxscale.task import Parameter, Params
 
 Parameters = Mapping[str, Parameter]
 
 
 class Held(NamedTuple):
-    """A weight that each device has whole while its gradient is wanted in shards."""
+    """A weight that is kept in another form than its gradient is wanted in: whole, or in the host's memory."""
 
-    whole: jax.Array
+    kept: jax.Array
     """What is multiplied; nothing is differentiated by it."""
     shard: jax.Array
-    """The device's own part of it, with the gradient's spec; never read."""
+    """Device memory's, with the gradient's spec. Layers never read it; embedding and head do, where `kept` is whole."""
 
 
 Weight = jax.Array | Held
@@ -49,20 +51,36 @@ def as_stored(level: int, parameters: Parameters, shards: Params) -> Params:
     return shards if level == 3 else _resharded(shards, _whole_specs(parameters))
 
 
-def held(whole: Params, shards: Params) -> Params:
+def differentiable(parameters: Parameters, kept: Params) -> Params:
+    """What a loss of `held` weights is differentiated by: shards in the devices' memory.
+
+    Of weights on the host they are zeros that nobody reads, and no program makes.
+    """
+
+    def one(path: str, leaf: jax.Array) -> jax.Array:
+        spec = axes.spec(*parameters[path].axes)
+        return jnp.zeros(leaf.shape, leaf.dtype, out_sharding=spec) if is_on_host(leaf) else jax.reshard(leaf, spec)
+
+    return tree.unflatten({path: one(path, leaf) for path, leaf in tree.flatten(kept).items()})
+
+
+def held(kept: Params, shards: Params) -> Params:
     """Both forms of each weight that has two, for a loss that is differentiated by `shards`."""
 
-    def pair(whole: jax.Array, shard: jax.Array) -> Weight:
-        same = jax.typeof(whole).sharding.spec == jax.typeof(shard).sharding.spec
-        return shard if same else Held(jax.lax.stop_gradient(whole), shard)
+    def pair(kept: jax.Array, shard: jax.Array) -> Weight:
+        same = jax.typeof(kept).sharding.spec == jax.typeof(shard).sharding.spec and not is_on_host(kept)
+        return shard if same else Held(jax.lax.stop_gradient(kept), shard)
 
-    return jax.tree.map(pair, whole, shards)
+    return jax.tree.map(pair, kept, shards)
 
 
 def at_use(weight: Weight, names: tuple[str | None, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The whole weight in `dtype`: gathered if it is stored in shards. names: its logical axes."""
-    whole = weight.whole if isinstance(weight, Held) else weight
-    return jax.reshard(whole.astype(dtype), axes.gathered_spec(names))
+    """The whole weight in `dtype`, fetched from the host and gathered where it is there and in shards.
+
+    names: its logical axes.
+    """
+    kept = to_device(weight.kept if isinstance(weight, Held) else weight)
+    return jax.reshard(kept.astype(dtype), axes.gathered_spec(names))
 
 
 def shard_of(weight: Weight) -> jax.Array:
@@ -70,16 +88,22 @@ def shard_of(weight: Weight) -> jax.Array:
     return weight.shard if isinstance(weight, Held) else weight
 
 
-def gradient_spec(weight: Weight) -> P:
-    """The spec in which the gradient of a weight is wanted."""
-    spec: P = jax.typeof(shard_of(weight)).sharding.spec
-    return spec
+def for_backward(weight: Weight) -> Weight:
+    """What a gradient rule keeps of a weight: not the shard, which it never reads."""
+    return Held(weight.kept, None) if isinstance(weight, Held) else weight  # type: ignore[arg-type]
+
+
+def gradient_spec(weight: Weight, names: tuple[str | None, ...]) -> P:
+    """The spec in which the gradient of a weight is wanted. names: its logical axes."""
+    return axes.spec(*names) if isinstance(weight, Held) else P(*jax.typeof(weight).sharding.spec)
 
 
 def gradient_of(weight: Weight, gradient: jax.Array) -> Any:
     """The result of a gradient rule for such an argument, in the weight's dtype."""
-    gradient = gradient.astype(shard_of(weight).dtype)
-    return Held(None, gradient) if isinstance(weight, Held) else gradient  # type: ignore[arg-type]  # None: no gradient
+    if isinstance(weight, Held):
+        return Held(None, gradient.astype(weight.kept.dtype))  # type: ignore[arg-type]  # None: no gradient
+    gradient = gradient.astype(weight.dtype)
+    return to_host(gradient) if is_on_host(weight) else gradient
 
 
 def gradient_shapes(level: int, parameters: Parameters, params: Params) -> Params:

@@ -8,6 +8,7 @@ import jax
 
 from jaxscale import audit
 from jaxscale.config import Config
+from jaxscale.host_memory import bytes_on_host
 from jaxscale.mesh import abstract_mesh_for, mesh_sizes
 from jaxscale.mesh_file import load_chip, load_mesh_file
 from jaxscale.optim.build import make_optimizer
@@ -45,6 +46,7 @@ def make_plan(config: Config, compiles: bool) -> Plan:
         mesh=f"{shown} on {config.on}" if config.on else shown,
         parameters=report.parameters,
         held=state_bytes(config, task, state),
+        on_host=bytes_on_host(state),
         capacity=load_chip(load_mesh_file(config.on).chip).hbm_bytes.value if config.on else 0.0,
         schedules=schedules,
         padding=padding,

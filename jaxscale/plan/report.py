@@ -44,6 +44,8 @@ class Plan:
     """Bytes of the state by kind, before any compilation."""
     capacity: float
     """Bytes of memory of a device; 0 where the chip is not known."""
+    on_host: int = 0
+    """Bytes of the state in the host's memory, for each device."""
     schedules: tuple[Choice, ...] = ()
     """Of the pipeline, the cheapest first; empty without stages."""
     schedule: str = ""
@@ -113,7 +115,8 @@ def text_of(plan: Plan) -> str:
     """The whole plan for a terminal."""
     lines = [plan.name, f"  model   {human_count(plan.parameters)} parameters", f"  mesh    {plan.mesh}"]
     held = ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.held.items())
-    lines.append(f"  state   per device: {held}")
+    on_host = f"; in the host's memory {human_bytes(plan.on_host)}" if plan.on_host else ""
+    lines.append(f"  state   per device: {held}{on_host}")
     lines += [f"  {line}" for line in (plan.padding, *plan.warnings) if line]
     if plan.schedules:
         lines.append("  pipeline schedules, costs in forwards of a microbatch through an even share of the layers:")
@@ -186,6 +189,7 @@ def json_of(plan: Plan) -> dict[str, Any]:
             "total": total,
             "limit": plan.capacity or None,
         },
+        "host_bytes": plan.on_host,
         "collectives": [
             {
                 "kind": link.kind,

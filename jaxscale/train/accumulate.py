@@ -34,7 +34,7 @@ def loss_and_gradients(
     microbatches: int,
     noise: bool,
     bags: Mapping[str, jax.Array] = NO_BAGS,
-    whole: Params | None = None,
+    kept: Params | None = None,
 ) -> tuple[Sums, Params]:
     """Mean metrics over the batch's tokens and the gradients of the mean loss.
 
@@ -45,7 +45,7 @@ def loss_and_gradients(
     With `noise`, the metrics also hold `part_square`, the mean squared gradient norm of single microbatches, and
     `parts`, how many there are: those that have no weight (padding, say) have no gradient and do not count. `bags`:
     what was looked up in tables for the batch; its gradient, (rows, ...) too, comes under `tables`, if there are any.
-    whole: the same weights where every device has them whole, and `params` are the shards that gradients are wanted of.
+    kept: the weights in the form they are kept in, where it is another one; `params` are then `zero.differentiable`.
     """
     weight = total(batch["loss_weight"].sum())
     if pipeline.stages() > 1:
@@ -57,7 +57,7 @@ def loss_and_gradients(
 
     def part_loss(both: tuple[Params, Batch], part: Batch) -> tuple[jax.Array, Sums]:
         params, looked_up = both
-        total, metrics = task.loss(params if whole is None else held(whole, params), with_bags(part, looked_up), key)
+        total, metrics = task.loss(params if kept is None else held(kept, params), with_bags(part, looked_up), key)
         return total / weight, {name: value / weight for name, value in metrics.items()}
 
     grad = jax.grad(part_loss, has_aux=True)

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxscale.axes import abstract_mesh
 from jaxscale.config import Config
+from jaxscale.host_memory import declare, offload
 from jaxscale.optim.build import Optimizer, make_optimizer
 from jaxscale.optim.ema import init_ema
 from jaxscale.parallel.gradient_exchange import init_across
@@ -46,7 +47,7 @@ def init_state(config: Config, task: Task, optimizer: Optimizer, params: Params 
     params = task.init(jax.random.fold_in(root, 0)) if params is None else params
     params, tables = init_tables(task, params)
     params = as_shards(task.parameters, params)
-    return {
+    state = {
         "params": as_stored(config.state.zero, task.parameters, params),
         **(init_local(config, optimizer, params) if config.local.every else {"opt": optimizer.init(params)}),
         **({"ema": init_ema(params)} if config.optim.ema else {}),
@@ -56,6 +57,7 @@ def init_state(config: Config, task: Task, optimizer: Optimizer, params: Params 
         "skipped": jnp.int32(0),
         "window": empty_window(config.train.spike_window),
     }
+    return offload(config, task.parameters, state)
 
 
 @functools.lru_cache(maxsize=1)
@@ -87,7 +89,8 @@ def abstract_state(config: Config, task: Task, optimizer: Optimizer) -> State:
     # A constant carries no mesh in its type: in the program it is replicated.
     mesh = jax.sharding.get_mesh()
     everywhere = NamedSharding(jax.sharding.get_abstract_mesh() if mesh.empty else mesh, P())
-    return jax.tree.map(lambda x: x if x.sharding is not None else x.update(sharding=everywhere), shapes)
+    shapes = jax.tree.map(lambda x: x if x.sharding is not None else x.update(sharding=everywhere), shapes)
+    return declare(config, task.parameters, shapes)
 
 
 def state_bytes(config: Config, task: Task, abstract: State) -> dict[str, int]:

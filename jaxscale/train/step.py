@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxscale.config import Config
+from jaxscale.host_memory import offload, to_device
 from jaxscale.optim.build import Optimizer, apply_updates
 from jaxscale.optim.clip import clip_by_global_norm, norm_of, sum_of_squares
 from jaxscale.optim.ema import update_ema
@@ -47,16 +48,19 @@ def train_step(
 
     clipped = clip_by_global_norm(gradients, norm, config.optim.clip)
     tables = update_tables(task, state, batch, clipped.pop(TABLES, {}), accepted, optimizer.share(step))
-    before = as_shards(task.parameters, state["params"])
-    updates, opt = optimizer.update(as_shards(task.parameters, clipped), state["opt"], before, step)
+    moved: State = {name: state[name] for name in ("params", "opt", "ema") if name in state}
+    here = to_device(moved)
+    before = as_shards(task.parameters, here["params"])
+    updates, opt = optimizer.update(as_shards(task.parameters, clipped), here["opt"], before, step)
     params = apply_updates(before, updates)
     new = {"params": params, "opt": opt, **across}
     if "ema" in state:
-        new["ema"] = update_ema(state["ema"], params, config.optim.ema)
+        new["ema"] = update_ema(here["ema"], params, config.optim.ema)
 
-    old = {name: state[name] for name in new} | {"params": before}
+    old: State = {**{name: state[name] for name in across}, **here, "params": before}
     kept = jax.tree.map(partial(jnp.where, accepted), new, old)
     kept["params"] = as_stored(config.state.zero, task.parameters, kept["params"])
+    kept = offload(config, task.parameters, kept)
     skipped = state["skipped"] + jnp.where(accepted, 0, 1)
     metrics |= {"grad_norm": norm, "learning_rate": optimizer.learning_rate(step), "spike": score, "skipped": skipped}
     metrics |= counts | extra_metrics(config, task, metrics, squares, before, params)

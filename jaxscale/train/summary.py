@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from jaxscale.host_memory import is_on_host
+
 KINDS = {
     "params": "parameters",
     "opt": "optimizer",
@@ -44,6 +46,8 @@ class Summary:
     data_tokens: int = 0
     resumed_from: int = 0
     """Steps done before this start."""
+    host_bytes: int = 0
+    """Of the state in the hosts' memory, for each device."""
     notes: tuple[str, ...] = field(default=())
     """Whole lines: what a resume changed, how the schedule goes on, warnings."""
 
@@ -55,7 +59,7 @@ class Summary:
 def bytes_per_device(
     state: Mapping[str, Any], reduce_dtype_bytes: int = 4, gradients: Mapping[str, Any] | None = None
 ) -> dict[str, int]:
-    """Bytes that a state takes on each device, by kind; leaves are arrays or ShapeDtypeStructs with shardings.
+    """Bytes that a state takes in each device's memory, by kind; leaves are arrays or ShapeDtypeStructs with shardings.
 
     Gradients are as the parameters, or have the shapes and shardings of `gradients`, in the dtype they are reduced in;
     they live only during a step.
@@ -69,10 +73,11 @@ def summary_lines(summary: Summary) -> list[str]:
     """The screen, at most 20 lines of text."""
     memory = ", ".join(f"{name} {human_bytes(size)}" for name, size in summary.bytes_per_device.items())
     split = f" in {summary.microbatches} microbatches" if summary.microbatches > 1 else ""
+    on_host = f"; on its host {human_bytes(summary.host_bytes)}" if summary.host_bytes else ""
     rows = [
         ("model", f"{human_count(summary.parameters)} parameters{summary.precision and ', ' + summary.precision}"),
         ("mesh", summary.mesh),
-        ("memory", f"per device: {memory} (activations come on top)"),
+        ("memory", f"per device: {memory} (activations come on top){on_host}"),
         ("step", _step(summary) + split),
         ("data", _data(summary)),
         ("run", summary.run_dir),
@@ -124,4 +129,4 @@ def _shard_size(leaf: Any) -> int:
 
 
 def _shard_bytes(leaf: Any) -> int:
-    return _shard_size(leaf) * leaf.dtype.itemsize
+    return 0 if is_on_host(leaf) else _shard_size(leaf) * leaf.dtype.itemsize
