@@ -209,6 +209,7 @@ class PrecisionConfig:
     compute: Literal["bfloat16", "float32"] = "bfloat16"  # Of matrix products and activations.
     weights: Literal["bfloat16", "float32"] = "float32"  # Of the stored weights.
     reduce: Literal["bfloat16", "float32"] = "float32"  # Of gradients while they are summed over devices.
+    matmul: Literal["compute", "int8", "fp8"] = "compute"  # Operands of the layers' products: see ops/quantised.py.
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,16 @@ def to_device[Tree](values: Tree) -> Tree:
     return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device) if is_on_host(x) else x, values)
 
 
+def fetched_after[Tree](done: jax.Array, values: Tree) -> Tree:
+    """`to_device`, begun only when `done` is computed: else compilers fetch everything as early as they can, and what
+    was to be out of the devices' memory is there all the time. Inside a program.
+    """
+    if not any(map(is_on_host, jax.tree.leaves(values))):
+        return values
+    ready, _ = jax.lax.optimization_barrier((values, done))
+    return to_device(ready)
+
+
 def is_on_host(x: Any) -> bool:
     """Of an array, a traced one, or the shape of one with its sharding."""
     if isinstance(x, jax.ShapeDtypeStruct):

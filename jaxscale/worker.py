@@ -21,6 +21,8 @@ from jaxscale.data.position import changed_order, phase_at_step, phases, row_at_
 from jaxscale.data.source import Held, Source
 from jaxscale.environment import environment
 from jaxscale.mesh import describe, make_mesh, mesh_sizes
+from jaxscale.mesh_file import chip_of
+from jaxscale.ops import quantised
 from jaxscale.optim.build import Optimizer, make_optimizer
 from jaxscale.optim.schedules import describe as describe_schedule
 from jaxscale.parallel.gradient_exchange import check_slices
@@ -80,6 +82,7 @@ def run_worker(config: Config, world: World, restore: Restore, sinks: Sinks, hoo
         state, record, notes = _state_and_record(config, task, optimizer, corpora, here, abstract, restored)
         record = replace(record, epoch=world.epoch)
         notes += filter(None, [profile.note(config.run.profile, record.step, config.steps)])
+        notes += filter(None, [_of_products(config, mesh.devices.flat[0])])
         notes += report.warnings
         summary = _summary(config, task, mesh, report.parameters, abstract, corpora, record, sinks, notes)
         sinks.begin(
@@ -177,6 +180,13 @@ def _summary(
         resumed_from=record.step,
         notes=tuple(notes),
     )
+
+
+def _of_products(config: Config, device: jax.Device) -> str:
+    """What a person has to know of `precision.matmul` on this device."""
+    chip = chip_of(device)
+    peaks = {dtype: figure.value for dtype, figure in chip.peak.items()} if chip is not None else {}
+    return quantised.note(config.precision.matmul, device.platform, peaks)
 
 
 def _check_evaluation(config: Config, held: Held, hooks: Hooks) -> None:

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxscale import axes
 from jaxscale.layers.reduce import contract
+from jaxscale.ops.quantised import PRODUCTS
 from jaxscale.parallel.zero import Weight, at_use, for_backward, gradient_of, gradient_spec
 from jaxscale.precision import Precision
 
@@ -75,9 +76,9 @@ def project(
 def _forward(
     projections: tuple[Projection, ...], precision: Precision, x: jax.Array, weights: tuple[Weight, ...]
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, tuple[Weight, ...]]]:
-    gathered = jax.reshard(x, projections[0].x)
+    gathered, multiply = jax.reshard(x, projections[0].x), PRODUCTS[precision.matmul].forward
     outputs = tuple(
-        contract([(p.equation, gathered, at_use(w, p.weight, precision.compute))], p.out, precision.compute)
+        contract([(p.equation, gathered, at_use(w, p.weight, precision.compute))], p.out, precision.compute, multiply)
         for p, w in zip(projections, weights, strict=True)
     )
     return outputs, (x, tuple(map(for_backward, weights)))
@@ -90,16 +91,18 @@ def _backward(
     gradients: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, tuple[Weight, ...]]:
     x, weights = residuals
-    gathered = jax.reshard(x, projections[0].x)
+    gathered, products = jax.reshard(x, projections[0].x), PRODUCTS[precision.matmul]
     parts, weight_gradients = [], []
     for p, w, dy in zip(projections, weights, gradients, strict=True):
         operands, y_dims = p.equation.split("->")
         x_dims, w_dims = operands.split(",")
         dy = jax.reshard(dy, p.y)
         parts.append((f"{y_dims},{w_dims}->{x_dims}", dy, at_use(w, p.weight, precision.compute)))
-        dw = contract([(f"{x_dims},{y_dims}->{w_dims}", gathered, dy)], gradient_spec(w, p.weight), precision.reduce)
+        outer = (f"{x_dims},{y_dims}->{w_dims}", gathered, dy)
+        dw = contract([outer], gradient_spec(w, p.weight), precision.reduce, products.of_weight)
         weight_gradients.append(gradient_of(w, dw))
-    return contract(parts, jax.typeof(x).sharding.spec, precision.compute), tuple(weight_gradients)
+    dx = contract(parts, jax.typeof(x).sharding.spec, precision.compute, products.of_input)
+    return dx, tuple(weight_gradients)
 
 
 project.defvjp(_forward, _backward)

@@ -15,16 +15,18 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from jaxscale import axes
+from jaxscale.ops.quantised import Multiply, exact
 
 Product = tuple[str, jax.Array, jax.Array]
 """einsum equation, left, right"""
 
 
-def contract(products: Sequence[Product], out: P, dtype: DTypeLike) -> jax.Array:
+def contract(products: Sequence[Product], out: P, dtype: DTypeLike, multiply: Multiply = exact) -> jax.Array:
     """The sum of the products, with spec `out`.
 
     All products have the same result dims. Mesh axes over which contracted dims are split are reduced once, after the
     local sum. The local products accumulate in float32 and are rounded to `dtype`, in which devices are summed.
+    multiply: how one device multiplies.
     """
     operands = [operand for _, left, right in products for operand in (left, right)]
     specs = tuple(jax.typeof(operand).sharding.spec for operand in operands)
@@ -33,7 +35,7 @@ def contract(products: Sequence[Product], out: P, dtype: DTypeLike) -> jax.Array
 
     def body(*shards: jax.Array) -> jax.Array:
         pairs = zip(equations, shards[::2], shards[1::2], strict=True)
-        total = sum(jnp.einsum(e, left, right, preferred_element_type=dtype) for e, left, right in pairs)
+        total = sum(multiply(e, left, right, dtype) for e, left, right in pairs)
         return reduce_scatter(jnp.asarray(total), local, contracted, out)
 
     return jax.shard_map(body, in_specs=specs, out_specs=out, axis_names=axes.automatic())(*operands)

@@ -136,7 +136,7 @@ class DlrmTask:
             layer, is_last = layers[str(number)], number == len(layers) - 1
             dtypes = self.precision
             if last and is_last:
-                dtypes = dataclasses.replace(dtypes, compute=jnp.float32)
+                dtypes = dataclasses.replace(dtypes, compute=jnp.float32, matmul="compute")
                 x = x.astype(jnp.float32)
             names = _weight_axes(number, len(layers))
             product = Projection("BI,IO->BO", names, x=ROWS, y=ROWS, out=ROWS)

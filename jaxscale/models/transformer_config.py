@@ -100,6 +100,12 @@ class TransformerConfig(ModelConfig):
         from jaxscale.parallel.pipeline import stages
 
         sizes = jax.sharding.get_abstract_mesh().shape
+        ragged = self.experts.dispatch == "ragged" or (self.experts.dispatch == "auto" and platform == "tpu")
+        if config.precision.matmul != "compute" and self.experts.count and ragged and self.experts.capacity is None:
+            raise ConfigError(
+                f"precision.matmul {config.precision.matmul} multiplies whole blocks, and ragged experts have none; "
+                "set model.experts.dispatch to dense (or a capacity), or precision.matmul to compute"
+            )
         period = len(self.window) or 1
         chunk_layers: tuple[int, ...] = ()
         with contextlib.suppress(ConfigError):  # the audit says it, with all else that it finds

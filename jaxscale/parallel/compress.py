@@ -116,11 +116,12 @@ def rounding_noise(key: jax.Array, shape: tuple[int, ...], spec: P) -> Noise:
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, dim, out_sharding=spec)
     bits = index
     for half in jax.random.key_data(key)[-2:]:
-        bits = _mixed(bits ^ half)
+        bits = mixed(bits ^ half)
     return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)
 
 
-def _mixed(x: jax.Array) -> jax.Array:
+def mixed(x: jax.Array) -> jax.Array:
+    """A hash of each number, uint32."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxscale.config import Config
-from jaxscale.host_memory import offload, to_device
+from jaxscale.host_memory import fetched_after, offload
 from jaxscale.optim.build import Optimizer, apply_updates
 from jaxscale.optim.clip import clip_by_global_norm, norm_of, sum_of_squares
 from jaxscale.optim.ema import update_ema
@@ -49,7 +49,7 @@ def train_step(
     clipped = clip_by_global_norm(gradients, norm, config.optim.clip)
     tables = update_tables(task, state, batch, clipped.pop(TABLES, {}), accepted, optimizer.share(step))
     moved: State = {name: state[name] for name in ("params", "opt", "ema") if name in state}
-    here = to_device(moved)
+    here = fetched_after(norm, moved)
     before = as_shards(task.parameters, here["params"])
     updates, opt = optimizer.update(as_shards(task.parameters, clipped), here["opt"], before, step)
     params = apply_updates(before, updates)

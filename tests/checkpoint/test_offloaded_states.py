@@ -1,4 +1,4 @@
-"""States that lie in the hosts' memory: both tiers take them as they are and bring them back there, or anywhere else."""
+"""States that lie in the hosts' memory: both tiers take them and bring them back there, or anywhere else."""
 
 import jax
 import pytest
