@@ -1,4 +1,4 @@
-"""Products in eight bits: what rounding costs, row by row; which products of a step are made of them; that it trains."""
+"""Products in eight bits: what rounding costs, which products of a step are made of them, and that it trains."""
 
 import dataclasses
 import re
@@ -53,11 +53,8 @@ def test_products_are_as_near_as_eight_bits_allow(equation, formats):
     found = multiply(formats, False, equation, left, right, jnp.float32)
     assert found.dtype == jnp.float32
     assert 0 < error(found, wanted) < max(WORST[f] for f in formats)
-    # No worse for rows of any size: each has its own scale.
-    size = jnp.float32(2.0) ** jnp.arange(-20, -20 + left.shape[-1])
     large = multiply(formats, False, equation, left * 2.0**40, right, jnp.float32)
     np.testing.assert_array_equal(large, found * 2.0**40)
-    del size
 
 
 def test_a_scale_is_of_one_row():
@@ -70,10 +67,10 @@ def test_a_scale_is_of_one_row():
     np.testing.assert_array_equal(found[0, 2], calm[0, 2] * 2.0**20)
 
 
-@given(
-    st.sampled_from([INT8, E4M3, E5M2]),
-    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**100), max_value=2.0**100), min_size=1, max_size=9),
-)  # fmt: skip
+MAGNITUDES = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**100), max_value=2.0**100)
+
+
+@given(st.sampled_from([INT8, E4M3, E5M2]), st.lists(MAGNITUDES, min_size=1, max_size=9))
 def test_values_come_back_within_half_a_step(to, row):
     x = jnp.asarray([row], jnp.float32)
     values, scale = quantise(to, x, (1,))
@@ -117,9 +114,9 @@ SMALL = Config(
 SMALL = dataclasses.replace(SMALL, data=dataclasses.replace(SMALL.data, path="builtin", sequence=64, batch=16))
 
 
-@pytest.mark.parametrize(("name", "small"), [("compute", ()), ("int8", ("i8", "i8", None)), ("fp8", ("f8E4M3FN", "f8E5M2", "f8E4M3FN"))])  # fmt: skip
-def test_products_of_layers_and_no_others(name, small):
-    """Seven weights: forward, forward again (remat), of the input and of the weight. Head and attention stay as they are."""
+@pytest.mark.parametrize("name", list(PRODUCTS))
+def test_products_of_layers_and_no_others(name):
+    """Seven weights: forward twice (remat), of the input, of the weight. Head and attention stay as they are."""
     mesh = mesh_of({"data": 2, "fsdp": 2, "tensor": 2})
     config = dataclasses.replace(SMALL, precision=PrecisionConfig(matmul=name))
     with jax.set_mesh(mesh):
@@ -135,7 +132,6 @@ def test_products_of_layers_and_no_others(name, small):
         "fp8": {("f8E4M3FN", "f8E4M3FN"): forward, ("f8E5M2", "f8E4M3FN"): 7, ("f8E4M3FN", "f8E5M2"): 7},
     }
     assert counts == expected[name]
-    del small
 
 
 @lru_cache
@@ -146,7 +142,10 @@ def trained(matmul, sizes=(), **changes):
 
 
 FARTHEST = {"int8": (0.02, 0.06), "fp8": (0.02, 0.25)}
-"""Of losses (nats a token, of 6.7 to 3.8) and of gradients, relative to float32; measured 0.010 and 0.044, 0.007 and 0.17."""
+"""Of losses (nats a token, of 6.7 to 3.8) and of gradients, relative to float32.
+
+Measured: int8 0.010 and 0.044, fp8 0.007 and 0.17.
+"""
 
 
 @pytest.mark.parametrize(
@@ -169,7 +168,7 @@ def test_losses_and_gradients_are_near_those_of_float32(matmul, sizes):
 
 
 @pytest.mark.slow
-def test_lm_tiny_learns_as_much(tmp_path):
+def test_lm_tiny_learns_as_much():
     """Fifty steps in bfloat16, of which the loss falls from 6.7 to 0.7; measured 0.004 and 0.006."""
     sys.path.insert(0, str(TESTS.parent / "scripts" / "bench"))
     from precision import RECIPE, losses
