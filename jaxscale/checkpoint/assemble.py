@@ -96,7 +96,7 @@ def concrete(sharding: Sharding | None, path: str) -> Sharding:
             f"{path} is sharded over the mesh {dict(sharding.mesh.shape)}, and the current one is {dict(mesh.shape)}; "
             "call this inside jax.set_mesh"
         )
-    return NamedSharding(mesh, sharding.spec)
+    return NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from jax.sharding import NamedSharding
 from states import make_abstract, make_mesh, make_record, make_state, same_bits
 from test_assemble import fetch, snapshot
 
@@ -36,6 +37,22 @@ def durable(folder, state, wanted):
     checkpoints.offer(5, state, make_record(5), final=True)
     checkpoints.close()
     return restore(folder, 5, wanted)[0]
+
+
+def test_an_abstract_mesh_stands_for_the_current_one(tmp_path):
+    """As of `abstract_state`, from which supervised workers restore."""
+    mesh = make_mesh(data=2, fsdp=4)
+
+    def abstract(leaf):
+        return leaf.update(
+            sharding=NamedSharding(mesh.abstract_mesh, leaf.sharding.spec, memory_kind=leaf.sharding.memory_kind)
+        )
+
+    state = make_state(make_mesh(fsdp=2, tensor=2), seed=3)
+    with jax.set_mesh(mesh):
+        found = memory(tmp_path, state, jax.tree.map(abstract, on_host(make_abstract(mesh))))
+    for path, leaf in tree.flatten(found).items():
+        assert leaf.sharding.memory_kind == (HOST if path.startswith(MOVED) else "device"), path
 
 
 @pytest.mark.parametrize("tier", [memory, durable])
