@@ -10,7 +10,7 @@ from jaxscale.config_error import require
 
 @dataclass(frozen=True)
 class StateConfig:
-    """Where weights and the optimizer's state lie. The values of a run do not depend on it."""
+    """Where weights and the optimizer's state lie. It changes no value of a run but by the order of sums (zero)."""
 
     zero: Literal[1, 2, 3] = 3
     """What the devices of mesh.fsdp share: 1 the optimizer's state, 2 gradients too, 3 weights too."""
