@@ -20,6 +20,7 @@ from jaxscale.config_tree import PLACEMENT, config_hash, diff, flatten, not_fini
 from jaxscale.model_config import ModelConfig
 from jaxscale.parallel.across_config import AcrossConfig
 from jaxscale.parallel.local_config import LocalConfig
+from jaxscale.remat_config import RematConfig as RematConfig
 from jaxscale.state_config import StateConfig
 
 EARLY = "early"
@@ -234,26 +235,6 @@ class PipelineConfig:
             min(self.layers, default=1) >= 1,
             f"pipeline.layers is {' '.join(map(str, self.layers))}; each piece of the model has 1 layer or more",
         )
-
-
-@dataclass(frozen=True)
-class RematConfig:
-    """What the backward pass recomputes: see `remat.py`."""
-
-    policy: Literal["none", "full", "dots", "names", "offload"] = "full"
-    """none keeps all activations, full none, dots the matrix products; names and offload those that `names` lists."""
-    names: tuple[str, ...] = ("attention", "mlp")
-    """Activations kept (names) or moved to host memory (offload)."""
-    offload: tuple[str, ...] = ()
-    """Activations moved to host memory beside those that policy names or full keeps."""
-
-    def __post_init__(self) -> None:
-        _require(
-            not self.offload or self.policy in ("full", "names"),
-            f"remat.offload goes with remat.policy full or names, not {self.policy}; set one of them",
-        )
-        both = sorted(set(self.offload) & set(self.names)) if self.policy == "names" else []
-        _require(not both, f"remat.names and remat.offload both have {', '.join(both)}; take it out of one")
 
 
 @dataclass(frozen=True)
