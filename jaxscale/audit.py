@@ -240,8 +240,6 @@ def _offload(parameters: Mapping[str, Parameter], sizes: Mapping[str, int], conf
         yield "state.offload has params, and the model has no stack of layers to move one by one; take it out"
     if "params" in asked and sizes["stage"] > 1:
         yield "state.offload params does not go with mesh.stage: stages save the gathers that it would add to"
-    if config.pipeline.chunks > 1:
-        yield f"state.offload {listed} does not go with pipeline.chunks {config.pipeline.chunks}; use 1"
     for name, value, needed in (
         ("across.gradients", config.across.gradients if "params" in asked else "direct", "direct"),
         ("local.every", config.local.every, 0),

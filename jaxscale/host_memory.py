@@ -79,6 +79,19 @@ def declare(config: Config, parameters: Mapping[str, Parameter], shapes: State) 
     return _mapped(config, parameters, shapes, lambda x: x.update(sharding=x.sharding.with_memory_kind(HOST)))
 
 
+def in_memory_of(others: Mapping[str, Any], values: Mapping[str, Any]) -> State:
+    """`values`, arrays or `jax.ShapeDtypeStruct`s, each in the memory of its namesake. Outside of programs."""
+    kinds = {path: x.sharding.memory_kind for path, x in tree.flatten(dict(others)).items() if x.sharding is not None}
+
+    def placed(path: str, x: Any) -> Any:
+        if path not in kinds or x.sharding.memory_kind == kinds[path]:
+            return x
+        sharding = x.sharding.with_memory_kind(kinds[path])
+        return x.update(sharding=sharding) if isinstance(x, jax.ShapeDtypeStruct) else jax.device_put(x, sharding)
+
+    return tree.unflatten({path: placed(path, x) for path, x in tree.flatten(dict(values)).items()})
+
+
 def bytes_on_host(shapes: State) -> int:
     """Bytes of a state that lie in host memory, for each device."""
     return sum(

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from jaxscale import host_memory
 from jaxscale.train.protocols import Record, Restore, Sinks, Snapshot
 
 State = Mapping[str, Any]
@@ -40,7 +41,8 @@ def loaded(layout: StoredLayout | None, abstract: State, load: Callable[[State],
     """
     if layout is None:
         return load(abstract)
-    restored: dict[str, Any] = jax.jit(layout.restore)(load(jax.eval_shape(jax.jit(layout.store), abstract)))
+    stored = host_memory.in_memory_of(abstract, jax.eval_shape(jax.jit(layout.store), abstract))
+    restored: dict[str, Any] = jax.jit(layout.restore)(load(stored))
     return restored
 
 

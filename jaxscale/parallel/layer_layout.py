@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxscale import host_memory
 from jaxscale.checkpoint.stored_layout import State, StoredLayout
 from jaxscale.parallel.division import Division
 from jaxscale.tree import flatten, unflatten
@@ -35,7 +36,15 @@ def layer_layout(division: Division) -> StoredLayout | None:
     def changed(count: int, move: Callable[[jax.Array], jax.Array]) -> Callable[[State], dict[str, Any]]:
         def change(state: State) -> dict[str, Any]:
             found = flatten(dict(state))
-            return unflatten({path: move(x) if _is_stacked(path, x, count) else x for path, x in found.items()})
+            return unflatten({path: in_place(x) if _is_stacked(path, x, count) else x for path, x in found.items()})
+
+        def in_place(value: jax.Array) -> jax.Array:
+            """What is kept in host memory comes to the devices, which alone can gather, and goes back."""
+            return (
+                host_memory.to_host(move(host_memory.to_device(value)))
+                if host_memory.is_on_host(value)
+                else move(value)
+            )
 
         return change
 

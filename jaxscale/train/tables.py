@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxscale import axes
+from jaxscale.host_memory import in_memory_of
 from jaxscale.optim.sparse import SparseRule
 from jaxscale.parallel.table import Counts, TableGroup
 from jaxscale.task import Batch, Parameter, Params, Task
@@ -96,8 +97,11 @@ def init_tables(task: Task, params: Params) -> tuple[Params, dict[str, Any]]:
 
 
 def weights_of(state: Mapping[str, Any]) -> Params:
-    """What an evaluation uses: the moving average where the run keeps one, else the weights, and the tables."""
-    params: Params = state["ema"] if "ema" in state else state["params"]
+    """What an evaluation uses: the moving average where the run keeps one, else the weights, and the tables.
+
+    An average that is kept in the hosts' memory comes to where the weights are, until its evaluation has ended.
+    """
+    params: Params = in_memory_of(state["params"], state["ema"]) if "ema" in state else state["params"]
     return {**params, TABLES: state[TABLES]["weights"]} if TABLES in state else params
 
 

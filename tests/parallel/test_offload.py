@@ -36,6 +36,7 @@ from jaxscale.state_config import StateConfig
 from jaxscale.train.evaluate import make_evaluate
 from jaxscale.train.state import abstract_state, init_state
 from jaxscale.train.step import make_step
+from jaxscale.train.tables import weights_of
 
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS / "parity"))
@@ -73,7 +74,7 @@ def run(config, sizes=SIZES):
             for number, _, _, batch in loader:
                 state, metrics = step(state, batch, np.int32(number))
                 losses.append(float(metrics["loss"]))
-        evaluated = float(make_evaluate(task)(state["params"], batch)["loss"])
+        evaluated = float(make_evaluate(task)(weights_of(state), batch)["loss"])
         wanted = abstract_state(config, task, optimizer)
     return losses, tree.flatten(state), evaluated, tree.flatten(wanted)
 

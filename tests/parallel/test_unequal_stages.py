@@ -238,11 +238,25 @@ def test_a_checkpoint_moves_between_layouts(tmp_path, alone, first, then):
             np.testing.assert_allclose(line[path], wanted[path], rtol=1e-4)
 
 
-@pytest.mark.slow
-def test_a_resumed_run_has_the_bits_of_one_that_went_through(tmp_path):
-    whole = train(tmp_path / "whole", 4, *UNEQUAL, "--checkpoint.every", "1")
-    train(tmp_path / "run", 2, *UNEQUAL)
-    assert [line["loss"] for line in train(tmp_path / "run", 4, *UNEQUAL)] == [line["loss"] for line in whole]
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(UNEQUAL, marks=pytest.mark.slow),
+        [*UNEQUAL, "--optim.ema", "0.9", "--state.offload", "opt", "ema"],
+        pytest.param([*CHUNKS, "--state.offload", "opt"], marks=pytest.mark.slow),
+        pytest.param([*UNEQUAL, "--mesh.fsdp", "2", "--state.zero", "1"], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_has_the_bits_of_one_that_went_through(tmp_path, flags):
+    """Also where layers have to come out of the hosts' memory to be put in order."""
+    kept_there = flags.index("--state.offload") if "--state.offload" in flags else len(flags)
+    whole = train(tmp_path / "whole", 4, *flags[:kept_there], "--checkpoint.every", "2")
+    train(tmp_path / "run", 2, *flags)
+    assert [line["loss"] for line in train(tmp_path / "run", 4, *flags)] == [line["loss"] for line in whole]
+    for step in (2, 4):
+        folders = [step_folder(tmp_path / run / "checkpoints", step) for run in ("whole", "run")]
+        assert check_files(folders[0]).arrays == check_files(folders[1]).arrays
 
 
 # What a person is told
