@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typing import Any
 import jax
 
 from jaxscale.checkpoint.durable import DurableCheckpoints, warm_up
-from jaxscale.checkpoint.restore import restore_newest
+from jaxscale.checkpoint.tier import DurableTier
 from jaxscale.config import Config
 from jaxscale.mesh import mesh_sizes_for, prepare_backend
 from jaxscale.recipe import Hooks
@@ -78,6 +79,7 @@ def _close(directory: RunDirectory, world: World) -> None:
 
 def _train_in(config: Config, world: World, directory: RunDirectory, stop: StopFlag, hooks: Hooks | None) -> ExitReason:
     plain = _PlainRun(config, world, directory)
+    plain.tier.on_lost = lambda: _ask(stop)
     agreement = Agreement(world)
     try:
         outcome = run_worker(
@@ -112,12 +114,19 @@ def _train_in(config: Config, world: World, directory: RunDirectory, stop: StopF
     return outcome.reason
 
 
+def _ask(stop: StopFlag) -> None:
+    """Another job has this run: training ends, and its last save says why."""
+    stop.reason = stop.reason or "the loss of the run"
+
+
 class _PlainRun:
     """Snapshot, metrics and progress of a run without a supervisor: Orbax, metrics.jsonl and trackers, a terminal."""
 
     def __init__(self, config: Config, world: World, directory: RunDirectory) -> None:
         self._config, self._world, self._directory = config, world, directory
         self._checkpoints: DurableCheckpoints | None = None
+        job = secrets.token_hex(8)
+        self.tier = DurableTier(directory.path, config, world, job, directory.event)
         self._sinks: list[MetricsSink] = []
         self._display: Display | None = None
         self._restored: int | None = None
@@ -126,13 +135,11 @@ class _PlainRun:
         self._restore_seconds = 0.0
         self._nothing_to_do = False
         """Whether the restored state has all the steps that are asked for: then no file of the run changes."""
-        self._refused: set[int] = set()
-        """Steps whose checkpoint could not be read."""
 
     def restore(self, abstract: Mapping[str, Any]) -> Any:
-        """The newest checkpoint of the run directory that can be trusted, or None."""
+        """The newest checkpoint of the run that can be trusted, wherever it lies, or None."""
         started = time.monotonic()
-        found = restore_newest(self._directory.checkpoints, abstract, self._rejected)
+        found = self.tier.restore(abstract)
         if found is not None:
             state, record = found
             self._restored, self._sources = record.step, {"durable": len(jax.tree.leaves(state))}
@@ -152,6 +159,7 @@ class _PlainRun:
             if lost := self._lost_steps():
                 summary = replace(summary, notes=(lost, *summary.notes))
         directory.begin(start.environment)  # before the writers: a start that is cut short leaves a run directory
+        self.tier.begin()
         if self._world.is_writer:
             if self._restored is not None:
                 seconds = round(self._restore_seconds, 4)
@@ -180,6 +188,8 @@ class _PlainRun:
             journal = JsonlMetrics(self._directory.metrics)
             journal.ensure_line(start.metrics_line)
             journal.close()
+        if self._config.checkpoint.locations:
+            self.tier.begin()  # what an earlier start could not copy is copied now
         self._checkpoints = self._open_checkpoints(None)
         self._display = Display(self._config.steps, enabled=self._world.is_writer)
 
@@ -189,10 +199,16 @@ class _PlainRun:
             self._config.checkpoint.every,
             self._config.checkpoint.keep,
             restored=self._restored,
-            refused=self._refused,
-            event=self._directory.event,
-            before_seal=journal.commit if journal is not None else None,
+            refused=self.tier.refused,
+            event=self.tier.event,
+            before_seal=lambda: self._before_seal(journal),
+            before_save=self.tier.check,
         )
+
+    def _before_seal(self, journal: JsonlMetrics | None) -> None:
+        if journal is not None:
+            journal.commit()
+        self.tier.check()
 
     def _lost_steps(self) -> str:
         """A line for people where steps were trained here before and no checkpoint of them is left; else empty."""
@@ -222,11 +238,17 @@ class _PlainRun:
             self._display.write(line)
 
     def close(self, save_seconds: float | None = None) -> None:
-        """Ends what `begin` opened. Raises SaveFailed if the newest state is not safe, after `save_seconds` at most."""
+        """Ends what `begin` opened. Raises SaveFailed if the newest state is not safe, after `save_seconds` at most.
+
+        Without such a limit it waits for the copies at other locations too, and raises CopyFailed.
+        """
         try:
             if self._checkpoints is not None:
                 self._checkpoints.close(save_seconds)
+                if save_seconds is None:
+                    self.tier.wait()
         finally:
+            self.tier.close(unused=self._directory.is_unused)
             for sink in self._sinks:
                 sink.close()
 
@@ -273,11 +295,6 @@ class _PlainRun:
     def _opened(self) -> DurableCheckpoints:
         assert self._checkpoints is not None, "begin comes before the first snapshot"
         return self._checkpoints
-
-    def _rejected(self, step: int, reason: str) -> None:
-        self._refused.add(step)
-        path = str(self._directory.checkpoints / str(step))
-        self._directory.event("rejected", tier="durable", step=step, path=path, shard="", reason=reason)
 
 
 def _short(path: Path) -> str:

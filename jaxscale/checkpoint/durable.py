@@ -60,7 +60,8 @@ class DurableCheckpoints:
 
     All processes of a world make one and call it at the same steps. `event` receives `sealed` and `alarm` lines;
     `before_seal` runs in the background on process 0 just before a step comes to exist (it makes metrics.jsonl
-    durable). `since` says from which step on saves are wanted, -1: not yet; the same on all processes.
+    durable), `before_save` before anything of a step is written; where they raise OSError the save has failed.
+    `since` says from which step on saves are wanted, -1: not yet; the same on all processes.
     `restored` is the step this process started from: that one lies on disk and is not written again.
     `refused` are steps that restore could not read: they do not count among those kept, and go with the next save.
     """
@@ -76,11 +77,13 @@ class DurableCheckpoints:
         refused: Collection[int] = (),
         event: Event | None = None,
         before_seal: Callable[[], None] | None = None,
+        before_save: Callable[[], None] | None = None,
     ) -> None:
         self._folder, self._every, self._keep = folder.absolute(), every, keep
         self._since, self._answer = since, (-1, False)
         self._event: Event = event or (lambda *_, **__: None)
         self._before_seal = before_seal or (lambda: None)
+        self._before_save = before_save or (lambda: None)
         self._saved = {restored}
         self._refused = set(refused)
         self._save: _Save | None = None
@@ -172,6 +175,7 @@ class DurableCheckpoints:
     def _make_room(self, path: Path) -> None:
         """Deletes an older save of the same step (one that restore refused) and marks the step as being saved."""
         if jax.process_index() == 0:
+            self._before_save()
             self._folder.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 layout.delete_step(path)

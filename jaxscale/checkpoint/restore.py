@@ -70,11 +70,15 @@ def _restore(path: Path, abstract_state: Mapping[str, Any]) -> tuple[dict[str, A
 
 
 def restore_newest(
-    folder: Path, abstract_state: Mapping[str, Any], rejected: Rejected | None = None
+    folder: Path,
+    abstract_state: Mapping[str, Any],
+    rejected: Rejected | None = None,
+    repair: Callable[[int], bool] | None = None,
 ) -> tuple[dict[str, Any], Record] | None:
     """Loads the newest step that can be trusted; None only where no save was ever finished.
 
-    A damaged step is reported (a warning, and `rejected(step, reason)`) and the next older one is tried. Raises
+    A damaged step is reported (a warning, and `rejected(step, reason)`) and the next older one is tried, unless
+    `repair(step)`, called by all processes, says on all of them that the step was replaced. Raises
     DamagedCheckpoint when there are steps and none can be read, StateMismatch when the newest readable one does not
     fit.
     """
@@ -82,13 +86,16 @@ def restore_newest(
     steps = agree.from_first(_listed(folder) if jax.process_index() == 0 else None)
     reasons: list[str] = []
     for step in reversed(steps):
-        try:
-            return restore(folder, step, abstract_state, patience)
-        except DamagedCheckpoint as error:
-            logger.warning("CHECKPOINT OF STEP %d IS DAMAGED and will not be used: %s", step, error)
-            reasons.append(f"step {step}: {error}")
-            if rejected is not None:
-                rejected(step, str(error))
+        is_repaired = True
+        while is_repaired:
+            try:
+                return restore(folder, step, abstract_state, patience)
+            except DamagedCheckpoint as error:
+                logger.warning("CHECKPOINT OF STEP %d IS DAMAGED and will not be used: %s", step, error)
+                reasons.append(f"step {step}: {error}")
+                if rejected is not None:
+                    rejected(step, str(error))
+            is_repaired = repair is not None and repair(step)
     if reasons:
         raise DamagedCheckpoint(
             f"{folder} has {len(reasons)} checkpoint(s) and none can be read:\n  " + "\n  ".join(reasons) + "\n"

@@ -73,6 +73,9 @@ CANNOT_START = frozenset(
         "UnsupportedContext",
         "StatusError",
         "RunDirectoryError",
+        "StoreError",
+        "RunOwned",
+        "LocationsUnknown",
         "UsageError",
     }
 )

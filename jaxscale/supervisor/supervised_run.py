@@ -26,6 +26,7 @@ from jaxscale.world import gather_text
 if TYPE_CHECKING:
     from jaxscale.retry import Change
     from jaxscale.supervisor.ahead import CompileAhead
+    from jaxscale.track.jsonl import JsonlMetrics
 
 
 PERSISTED_SECONDS = 60.0
@@ -48,6 +49,7 @@ class SupervisedRun:
     ) -> None:
         import jax
 
+        from jaxscale.checkpoint.tier import DurableTier
         from jaxscale.supervisor.programs import StoredPrograms, program_identity
 
         self._job, self._config, self._world, self._directory = job, config, world, directory
@@ -59,7 +61,7 @@ class SupervisedRun:
         self._sinks: list[MetricsSink] = []
         self._being_persisted: Callable[[], int] = lambda: -1
         self._restored: int | None = None
-        self._unreadable: set[int] = set()
+        self._tier = DurableTier(directory.path, config, world, job.job, directory.event)
         self._kept = ""
         """Tier that took the last state."""
         identity = program_identity(config, world.processes, jax.devices())
@@ -73,10 +75,9 @@ class SupervisedRun:
 
             state, record, sources = restore_from_memory(self._job, abstract, self._rejected, self._changed)
             self._restored = None
+            self._tier.claim()
         else:
-            from jaxscale.checkpoint.restore import restore_newest
-
-            found = restore_newest(self._directory.checkpoints, abstract, self._refused)
+            found = self._tier.restore(abstract)
             if found is None:
                 return None
             (state, record), sources = found, {"durable": len(abstract)}
@@ -95,6 +96,7 @@ class SupervisedRun:
         if world.is_writer:
             check_trackers(config)
         directory.begin(start.environment)
+        self._tier.begin()
         if world.is_writer:
             self._sinks = make_sinks(config, directory.path)
             journal = next(sink for sink in self._sinks if isinstance(sink, JsonlMetrics))
@@ -142,9 +144,10 @@ class SupervisedRun:
                 config.checkpoint.keep,
                 since=self._plain,
                 restored=self._restored,
-                refused=self._unreadable,
-                event=directory.event,
-                before_seal=journal.commit if journal is not None else None,
+                refused=self._tier.refused,
+                event=self._tier.event,
+                before_seal=lambda: self._before_seal(journal),
+                before_save=self._tier.check,
             )
         )
         if job.smaller is not None:
@@ -154,8 +157,14 @@ class SupervisedRun:
             self._ahead.start(start.summary.resumed_from)
         self._mailbox.say("begun", {"summary": start.summary.parameters, "flops_per_token": start.flops_per_token})
 
+    def _before_seal(self, journal: JsonlMetrics | None) -> None:
+        if journal is not None:
+            journal.commit()
+        self._tier.check()
+
     # Snapshot
     def wants(self, step: int) -> bool:
+        self._tier.raise_if_lost()
         return any(tier.wants(step) for tier in self._tiers)
 
     def offer(self, step: int, state: Mapping[str, Any], record: Record, *, final: bool = False) -> None:
@@ -211,10 +220,23 @@ class SupervisedRun:
             self._ahead.close()
         for tier in self._tiers:
             tier.close()
+        self._close_copies()
         if self._kept:
             self._mailbox.say("kept", {"tier": self._kept})
         for sink in self._sinks:
             sink.close()
+
+    def _close_copies(self) -> None:
+        """A place that fails keeps no epoch from ending: the first process of the next one copies what is missing."""
+        from jaxscale.checkpoint.tier import CopyFailed
+
+        try:
+            if self._kept == "durable":
+                self._tier.wait()
+        except CopyFailed as error:
+            self._mailbox.say("alarm", {"what": "copy failed", "detail": str(error)})
+        finally:
+            self._tier.close()
 
     def _rejected(self, source: Source, location: Location, reason: str) -> None:
         where = {"holder": location.holder, "file": location.file, "path": source.path, "box": source.box}
@@ -222,8 +244,3 @@ class SupervisedRun:
 
     def _changed(self, change: Change) -> None:
         self._mailbox.say("alarm", {"what": "breaker", "detail": f"{self._job.host}: {change}"})
-
-    def _refused(self, step: int, reason: str) -> None:
-        self._unreadable.add(step)
-        path = str(self._directory.checkpoints / str(step))
-        self._directory.event("rejected", tier="durable", step=step, path=path, shard="", reason=reason)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from small_runs import STEPS, losses, stop_after, train
 
-from jaxscale import trainer
+from jaxscale.checkpoint import tier
 from jaxscale.train.protocols import ExitReason
 
 HALF = 6
@@ -30,14 +30,14 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, name, monkeypatch):
     assert train(resumed, *flags, *ON_4) is ExitReason.COMPLETED
     assert losses(resumed) == pytest.approx(whole, abs=1e-5)
 
-    original = trainer.restore_newest
+    original = tier.restore_newest
 
     def forgetful(*args):
         state, record = original(*args)
         assert set(state["opt"]) == SLOTS[name]
         return {**state, "opt": jax.tree.map(jnp.zeros_like, state["opt"])}, record
 
-    monkeypatch.setattr(trainer, "restore_newest", forgetful)
+    monkeypatch.setattr(tier, "restore_newest", forgetful)
     assert train(tmp_path / "half", *flags, *ON_8) is ExitReason.COMPLETED
     found = losses(tmp_path / "half")
     assert found[: HALF + 1] == whole[: HALF + 1], "the optimizer's state shows from the next update on"

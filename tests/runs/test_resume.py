@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from small_runs import EVERYTHING, STEPS, at_section, config_of, lines, losses, signal_self, stop_after, train
 
-from jaxscale import trainer
+from jaxscale.checkpoint import tier
 from jaxscale.checkpoint.layout import read_record
 from jaxscale.checkpoint.restore import list_steps
 from jaxscale.config import ConfigError
@@ -75,8 +75,8 @@ def test_a_resume_notices_a_change_of(tmp_path, half, whole, monkeypatch, part):
         state[part] = jax.tree.map(lambda x: change(x).astype(x.dtype), state[part])
         return state, record
 
-    original = trainer.restore_newest
-    monkeypatch.setattr(trainer, "restore_newest", perturbed)
+    original = tier.restore_newest
+    monkeypatch.setattr(tier, "restore_newest", perturbed)
     found, _ = resume_in_a_copy(half, tmp_path / "run")
     expected = lines(whole)[HALF:MORE]
     different = {key for a, b in zip(found, expected, strict=True) for key in b if a[key] != b[key]}
@@ -88,26 +88,26 @@ def test_a_resume_notices_a_change_of(tmp_path, half, whole, monkeypatch, part):
 @pytest.mark.parametrize(("field", "value"), [("step", 5), ("row", 40)])
 def test_a_resume_refuses_a_position_that_does_not_fit(tmp_path, half, monkeypatch, field, value):
     shutil.copytree(half, tmp_path / "run")
-    original = trainer.restore_newest
+    original = tier.restore_newest
 
     def moved(*args):
         state, record = original(*args)
         return state, dataclasses.replace(record, **{field: value})
 
-    monkeypatch.setattr(trainer, "restore_newest", moved)
+    monkeypatch.setattr(tier, "restore_newest", moved)
     with pytest.raises(ConfigError, match=r"keep data\.batch and the phases before step"):
         train(tmp_path / "run", *EVERYTHING, "--devices", 2)
 
 
 def test_a_resume_keeps_the_best_evaluation(tmp_path, half, monkeypatch):
-    original = trainer.restore_newest
+    original = tier.restore_newest
 
     def better(*args):
         state, record = original(*args)
         assert record.best["step"] == 4
         return state, dataclasses.replace(record, best={"eval_loss": 1.0, "step": 2})
 
-    monkeypatch.setattr(trainer, "restore_newest", better)
+    monkeypatch.setattr(tier, "restore_newest", better)
     _, record = resume_in_a_copy(half, tmp_path / "run")
     assert record.best == {"eval_loss": 1.0, "step": 2}
 
