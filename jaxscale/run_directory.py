@@ -36,6 +36,8 @@ METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 WITNESS = "witness-"
 """How the files of a supervised run's witness begin, which votes on who coordinates."""
+OWNERSHIP = ("owner.json", ".owner.json.lock", ".owner.json.partial", "locations.json", "locations.json.partial")
+"""Whose the run is and how its further locations stand: what a coordinator writes before its workers begin."""
 LOG_BYTES, LOG_FILES = 10_000_000, 5
 TAIL_BYTES = 1 << 20
 """How much of the end of a file is searched for the highest epoch: epochs grow along the file."""
@@ -214,7 +216,7 @@ def _is_skeleton(path: Path) -> bool:
         return path.is_file() and path.stat().st_size == 0
     if path.name == EVENTS:  # a coordinator writes them from its start on, its workers once they have begun
         return path.is_file() and all(line.get("source") == "coordinator" for line in backwards(path))
-    return path.name in (LOCK, LOGS, CONFIG + PARTIAL) or path.name.startswith(WITNESS)
+    return path.name in (LOCK, LOGS, CONFIG + PARTIAL, *OWNERSHIP) or path.name.startswith(WITNESS)
 
 
 class _Lock:
@@ -311,7 +313,8 @@ def _delete_unused(path: Path, logs: str) -> None:
         return
     for log in (path / LOGS).glob(logs):
         log.unlink(missing_ok=True)
-    for old in (path / METRICS, path / (CONFIG + PARTIAL), *path.glob(f"{WITNESS}*")):  # of a start that was cut short
+    left = [path / name for name in (METRICS, CONFIG + PARTIAL, *OWNERSHIP)]  # of a start that was cut short
+    for old in (*left, *path.glob(f"{WITNESS}*")):
         if _is_skeleton(old):
             old.unlink(missing_ok=True)
     for folder in (path / LOGS, path):

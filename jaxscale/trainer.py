@@ -208,7 +208,7 @@ class _PlainRun:
     def _before_seal(self, journal: JsonlMetrics | None) -> None:
         if journal is not None:
             journal.commit()
-        self.tier.check()
+        self.tier.check_patiently()
 
     def _lost_steps(self) -> str:
         """A line for people where steps were trained here before and no checkpoint of them is left; else empty."""

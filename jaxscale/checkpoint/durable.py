@@ -24,6 +24,7 @@ from jaxscale.checkpoint import agree, layout, leftovers
 from jaxscale.checkpoint.compare import describe
 from jaxscale.checkpoint.held import HeldShard, digests, hold
 from jaxscale.checkpoint.manifest import Arrays
+from jaxscale.checkpoint.owner import OwnershipLost
 from jaxscale.checkpoint.parts import all_parts, own_part
 from jaxscale.checkpoint.patience import STORAGE_SECONDS, UNBROKEN, Patience, may_pass
 from jaxscale.retry import Retry
@@ -230,7 +231,7 @@ class DurableCheckpoints:
         save.abandon()
         self._given_up = save
         self._failure = (save.step, save.error or RuntimeError("another process could not save its part; see its log"))
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not isinstance(save.error, OwnershipLost):  # else it may be the new owner's
             self._delete(save.step)  # what was written of it only fills the disk
         return True
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,18 @@ def make_room(path: Path) -> None:
     path.mkdir()
 
 
-def finalise(path: Path, ranks: int, epoch: int, mesh: Mapping[str, int], metrics: Path | None = None) -> int:
+def finalise(
+    path: Path,
+    ranks: int,
+    epoch: int,
+    mesh: Mapping[str, int],
+    metrics: Path | None = None,
+    allowed: Callable[[], None] = lambda: None,
+) -> int:
     """Makes the step at `path` of the parts of that many ranks. Returns its bytes.
 
-    `metrics`: a file that must be on the disk before the step counts. Raises DamagedCheckpoint where the parts do not
+    `metrics`: a file that must be on the disk before the step counts. `allowed`: called just before the step comes to
+    exist, and may raise. Raises DamagedCheckpoint where the parts do not
     make a whole, and OSError; the folder then is no step, and this may be called again.
     """
     parts, tables = zip(*(_part(path / process_file(rank)) for rank in range(ranks)), strict=True)
@@ -49,6 +57,7 @@ def finalise(path: Path, ranks: int, epoch: int, mesh: Mapping[str, int], metric
     _write(path / "_CHECKPOINT_METADATA", checkpoint_metadata(layout.STATE_ITEM))
     if metrics is not None:
         _sync(metrics)
+    allowed()
     record = Record(**lines.unmark(tables[0]["record"]))
     commit = f"Checkpoint commit was successful to {path.name}"
     return layout.seal(path, record, arrays, part, mesh, commit=commit)

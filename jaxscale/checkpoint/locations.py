@@ -1,12 +1,16 @@
-"""The further places of a run's checkpoints, and whose the run is: everything that process 0 of a world does for them.
+"""The further places of a run's checkpoints, and whose the run is: all that one process of a run does for them.
 
-    claim     before anything is restored: this job becomes the owner, or is refused
+    look      before anything is read: refused where a living job has the run
     fetch     brings a step that is newer than those of the run directory from where it is
     repair    replaces a damaged step by the copy of it that a place has
-    begin     from now on new steps are copied, by threads
-    close     waits for the copy of the last step
+    take      this job becomes the owner at every place that answers
+    begin     and of the run directory; from now on new steps are copied, by threads
+    check     before a step is written, and before it comes to exist: is this still the owner?
+    wait      for the copies of the newest step
+    close     ends the threads and gives the run back
 
-Of the run directory itself only the ownership is looked after here. Read next: `location.py`.
+A plain run's process 0 does all of it. Of a supervised run the coordinator does, and workers only fetch and repair.
+Read next: `location.py`.
 """
 
 from __future__ import annotations
@@ -16,22 +20,27 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jaxscale.checkpoint import layout, step_copy
 from jaxscale.checkpoint.layout import DamagedCheckpoint
 from jaxscale.checkpoint.location import Location, Tell
-from jaxscale.checkpoint.owner import Owner, Ownership, OwnershipLost, this_process
-from jaxscale.config_error import ConfigError
+from jaxscale.checkpoint.owner import Ownership, OwnershipLost, RunOwned, this_process
+from jaxscale.checkpoint.patience import UNBROKEN
+from jaxscale.config import Config, ConfigError
 from jaxscale.storage.addresses import open_store
+from jaxscale.storage.guarded import Bounds, GuardedStore
 from jaxscale.storage.local_store import LocalStore
 
 logger = logging.getLogger(__name__)
 
 STATES, CONFIG = "locations.json", "config.json"
 POLL_SECONDS = 0.1
+HOLD_SECONDS = 5.0
+"""Between two writes of the owner's record in the run directory: some of them fit into a lease."""
+HERE_BOUNDS = Bounds(attempt_seconds=5.0, call_seconds=5.0)
 
 
 class LocationsUnknown(ConfigError):
@@ -42,34 +51,32 @@ class CopyFailed(RuntimeError):
     """The last step of the run is in its directory, and not at every place where it belongs."""
 
 
-class Locations:
-    """Of one run, in process 0. `event` is called once `begin` was; what there is to say before is kept until then."""
+Lost = Callable[[Exception], None]
 
-    def __init__(
-        self,
-        run: Path,
-        addresses: Sequence[str],
-        *,
-        name: str,
-        job: str,
-        keep: int,
-        alarm_after: float,
-        event: Tell,
-        lost: Callable[[Exception], None],
-    ) -> None:
-        """`run`: its directory. `lost` is told once that another job has taken the run. Raises StoreError."""
+
+def _unheard(*_: object, **__: object) -> None: ...
+
+
+class Locations:
+    """Of one run, in one of its processes. `event` is called once `begin` was, with what there was to say before."""
+
+    def __init__(self, run: Path, config: Config, job: str, event: Tell = _unheard, lost: Lost = _unheard) -> None:
+        """`run`: its directory. `job`: what an owner is known by. Raises StoreError, ConfigError."""
+        self.event, self.lost = event, lost
+        """`lost` is told once, in some thread, that another job has taken the run. Both may be changed until `begin`"""
         self._folder, self._states = run / "checkpoints", run / STATES
-        self._run, self._event, self._begun = run, event, False
+        self._run, self._begun = run, False
         self._kept: list[tuple[str, dict[str, Any]]] = []
         self._lock = threading.Lock()
         self._lost_to: Exception | None = None
-        self._tell_lost = lost
-        me = this_process(name, job)
-        self._here = Ownership(LocalStore(run), me)
+        self._job, me = job, this_process(config.name, job)
+        self._here = Ownership(GuardedStore(LocalStore(run), HERE_BOUNDS, retry=UNBROKEN), me)
+        self._ended = threading.Event()
+        self._holder = threading.Thread(target=self._hold_here, name="owner of the run directory", daemon=True)
         self._generation = 0
         self._unreachable: list[str] = []
         self._all: list[Location] = []
-        for address in addresses:
+        for address in config.checkpoint.locations:
             store = open_store(address)
             _check_place(address, store.address, run)
             self._all.append(
@@ -77,8 +84,8 @@ class Locations:
                     store,
                     self._folder,
                     me,
-                    keep=keep,
-                    alarm_after=alarm_after,
+                    keep=config.checkpoint.keep,
+                    alarm_after=config.checkpoint.alarm_after,
                     tell=self._say,
                     changed=self._write_states,
                     lost=self._lose,
@@ -90,23 +97,41 @@ class Locations:
         """Of this owner; 0 before `claim`."""
         return self._generation
 
-    def claim(self) -> None:
-        """Takes every place that answers, with one generation. Raises RunOwned where a living job has one of them."""
-        known: list[Owner | None] = [self._here.look()]
+    @property
+    def has_more(self) -> bool:
+        """Whether there is any place beside the run directory."""
+        return bool(self._all)
+
+    def look(self) -> None:
+        """Raises RunOwned where a living job has the run at any place that answers. Writes nothing."""
+        self._here.wait_until_free()
+        known = [self._here.look()]
         for location in self._all:
             try:
+                location.owner.wait_until_free()
                 known.append(location.owner.look())
-            except OSError as error:
+            except ConfigError:
+                raise
+            except Exception as error:
                 self._cannot(location, error)
         self._generation = 1 + max((owner.generation for owner in known if owner is not None), default=0)
+
+    def is_ours(self) -> bool:
+        """Whether an earlier process of this job had the run directory last."""
+        return (owner := self._here.look()) is not None and owner.job == self._job
+
+    def take(self) -> None:
+        """Takes every place that answered, with one generation; the others later. Raises RunOwned."""
         taken: list[Location] = []
         try:
             for location in self._all:
-                if location.state.address not in self._unreachable:
+                if location.state.address not in self._unreachable and not location.state.generation:
                     try:
                         location.take(self._generation)
                         taken.append(location)
-                    except OSError as error:
+                    except ConfigError:
+                        raise
+                    except Exception as error:
                         self._cannot(location, error)
         except ConfigError:
             for location in taken:
@@ -123,19 +148,21 @@ class Locations:
             return None
         here = layout.newest_step(self._folder)
         offers: list[tuple[int, Location]] = []
+        silent: list[str] = []
         for location in self._all:
             try:
                 offers += [(step, location) for step in step_copy.steps_at(location.store)]
             except Exception as error:
+                silent.append(location.state.address)
                 self._cannot(location, error)
         offers = [(step, location) for step, location in offers if here is None or step > here]
         for step, location in sorted(offers, key=lambda offer: -offer[0]):  # stable: the first named place first
             if self._fetch(location, step):
                 return step
-        if here is None and self._unreachable:
+        if here is None and silent:
             raise LocationsUnknown(
-                f"{self._folder} has no checkpoint, and what there is at {', '.join(self._unreachable)} cannot be "
-                "found out; training does not start afresh over it: repair that place, or leave it out of "
+                f"{self._folder} has no checkpoint, and what there is at {', '.join(silent)} cannot be found out; "
+                "training does not start afresh over it: repair that place, or leave it out of "
                 "checkpoint.locations"
             )
         if here is None and offers:
@@ -159,12 +186,23 @@ class Locations:
         return False
 
     def begin(self, refused: set[int]) -> None:
-        """The run directory is one from here on: takes it, starts the copies, tells what there was to tell."""
-        self._here.take(max(1, self._generation), asks=False)  # its lock has kept others out
+        """The run directory is one from here on: takes it, starts the copies, tells what there was to tell.
+
+        Raises RunOwned, OSError.
+        """
+        self._here.take(max(1, self._generation))
         self._generation = max(self._generation, self._here.generation)
-        self._flush()
+        self._holder.start()
+        self.tell()
         for location in self._all:
             location.begin(self._generation, refused)
+
+    def tell(self) -> None:
+        """What there was to say goes into the events; what there is from now on, too."""
+        with self._lock:
+            self._begun, kept, self._kept = True, self._kept, []
+        for kind, fields in kept:
+            self.event(kind, **fields)
 
     def check(self) -> None:
         """Before anything of a step is written, and before it comes to exist. Raises OwnershipLost, OSError."""
@@ -177,6 +215,20 @@ class Locations:
         except OwnershipLost as error:
             self._lose(error)
             raise
+
+    def _hold_here(self) -> None:
+        """Writes the record of the run directory again and again: by that a job on another machine knows of this one.
+
+        Where storage fails nothing is said: whatever else is written there says so.
+        """
+        while not self._ended.wait(HOLD_SECONDS):
+            try:
+                self._here.hold()
+            except (OwnershipLost, RunOwned) as error:
+                self._lose(error)
+                return
+            except Exception as error:
+                logger.warning("the owner's record in %s was not written again: %s", self._run, error)
 
     def sealed(self) -> None:
         """A step has come to exist in the run directory."""
@@ -203,15 +255,16 @@ class Locations:
 
     def close(self, *, unused: bool = False) -> None:
         """Ends the copies, wherever they are, and gives the run back. `unused`: it never began."""
+        self._ended.set()
         for location in self._all:
             location.close(unused=unused)
         has_begun = self._begun
         if (self._run / CONFIG).exists():
-            self._flush()
+            self.tell()
         if has_begun and self._lost_to is None:
             try:
-                self._here.release()
-            except OSError as error:
+                self._here.release(unused=unused)
+            except Exception as error:  # the next one waits for the lease to end
                 logger.warning("the run directory was not given back: %s", error)
 
     def _fetch(self, location: Location, step: int) -> bool:
@@ -254,20 +307,14 @@ class Locations:
                 return
             self._lost_to = error
         logger.error("%s", error)
-        self._tell_lost(error)
+        self.lost(error)
 
     def _say(self, kind: str, **fields: Any) -> None:
         with self._lock:
             if not self._begun:
                 self._kept.append((kind, fields))
                 return
-        self._event(kind, **fields)
-
-    def _flush(self) -> None:
-        with self._lock:
-            self._begun, kept, self._kept = True, self._kept, []
-        for kind, fields in kept:
-            self._event(kind, **fields)
+        self.event(kind, **fields)
 
     def _write_states(self) -> None:
         if not self._begun:

@@ -33,7 +33,12 @@ class RunOwned(ConfigError):
 
 
 class OwnershipLost(PermissionError):
-    """Another job has taken the run over. Nothing of it may be saved any more by this one."""
+    """Another job has taken the run over, or another process of this one. This process may save nothing of it any more.
+
+    `job`: whose it is now; empty where that cannot be known.
+    """
+
+    job = ""
 
 
 @dataclass(frozen=True)
@@ -88,45 +93,48 @@ class Ownership:
         found = self._read()
         return found[1] if found else None
 
-    def take(
+    def wait_until_free(
         self,
-        generation: int,
-        *,
-        asks: bool = True,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        """Takes the place with this generation, or a higher one where its last owner had as many.
+    ) -> Versioned | None:
+        """Returns what lies there, None where nothing does, once no living job has the place. Writes nothing.
 
-        asks: whether a living owner of another job is in the way; not where a lock has answered that already. An owner
-        on another machine is waited for until it has not written for LEASE_SECONDS. Raises RunOwned, OSError.
+        An owner on another machine is waited for until it has not written for LEASE_SECONDS. Raises RunOwned, OSError.
         """
         until, seen = None, None
-        while True:
-            found = self._read()
-            if found is None:
-                self.is_new = True
-                if self._write(None, dataclasses.replace(self._me, generation=generation)):
-                    return
-                continue
+        while (found := self._read()) is not None:
             version, owner = found
             if owner.run != self._me.run:
                 raise RunOwned(
                     f"{self._store.address} is of another recipe: it holds {owner.run!r}, this is {self._me.run!r}; "
                     "give each run a location of its own"
                 )
-            if asks and owner.job != self._me.job and (left := _seconds_to_wait(owner, self._me, time.time())):
-                now = clock()
-                if left == float("inf") or (seen is not None and seen != version.version):
-                    raise RunOwned(
-                        f"{self._store.address} belongs to a run that is alive ({owner.text()}); stop it, or give "
-                        "this one other locations"
-                    )
-                until, seen = until or now + left, version.version
-                if now < until:
-                    sleep(min(LOOK_SECONDS, until - now))
-                    continue
-            if self._write(version, dataclasses.replace(self._me, generation=max(generation, owner.generation + 1))):
+            left = 0.0 if owner.job == self._me.job else _seconds_to_wait(owner, self._me, time.time())
+            if not left:
+                return version
+            now = clock()
+            if left == float("inf") or (seen is not None and seen != version.version):
+                raise RunOwned(
+                    f"{self._store.address} belongs to a run that is alive ({owner.text()}); stop it, or give this one "
+                    f"another directory and other locations; if it is a copy of that run's files, delete its {OWNER}"
+                )
+            until, seen = until or now + left, version.version
+            if now >= until:
+                return version
+            sleep(min(LOOK_SECONDS, until - now))
+        return None
+
+    def take(self, generation: int) -> None:
+        """Takes the place with this generation, or a higher one where its last owner had as many.
+
+        Waits and raises as `wait_until_free`; of two that take it at one moment, one is refused.
+        """
+        while True:
+            version = self.wait_until_free()
+            self.is_new = version is None
+            last = 0 if version is None else _decoded(version.data).generation
+            if self._write(version, dataclasses.replace(self._me, generation=max(generation, last + 1))):
                 return
 
     def hold(self) -> None:
@@ -191,6 +199,7 @@ class Ownership:
             f"this job (generation {self._me.generation}) has lost the run at {self._store.address}: {who}; "
             "nothing is saved any more, the other one goes on"
         )
+        self._lost.job = owner.job if owner else ""
         return self._lost
 
     def _read(self) -> tuple[Versioned, Owner] | None:
@@ -199,7 +208,7 @@ class Ownership:
         except FileNotFoundError:
             return None
         try:
-            return found, Owner(**json.loads(found.data))
+            return found, _decoded(found.data)
         except (ValueError, TypeError) as error:
             raise RunOwned(
                 f"{self._store.address}/{OWNER} cannot be understood ({error}); if no other job uses this run, "
@@ -207,9 +216,32 @@ class Ownership:
             ) from error
 
 
+def check_job(store: Store, job: str) -> None:
+    """For who belongs to a job and is not its owner: raises OwnershipLost where the place is another job's; OSError."""
+    try:
+        owner = _decoded(store.read(OWNER))
+    except FileNotFoundError:
+        return
+    except (ValueError, TypeError) as error:
+        raise OwnershipLost(f"{store.address}/{OWNER} cannot be understood ({error})") from error
+    if owner.job != job:
+        raise OwnershipLost(f"job {job} has lost the run at {store.address}: it belongs to {owner.text()} now")
+
+
+def _decoded(data: bytes) -> Owner:
+    """Raises ValueError, TypeError."""
+    owner = Owner(**json.loads(data))
+    for field in dataclasses.fields(Owner):
+        value = getattr(owner, field.name)
+        kinds = {"int": int, "float": int | float, "bool": bool, "str": str}[str(field.type)]
+        if not isinstance(value, kinds) or (field.type != "bool" and isinstance(value, bool)):
+            raise ValueError(f"{field.name} is {value!r}")
+    return owner
+
+
 def _seconds_to_wait(owner: Owner, me: Owner, now: float) -> float:
     """0: gone. Infinite: alive. Else how long to look whether it writes again. Reads /proc where it may know."""
-    if owner.released:
+    if owner.released or owner.process == me.process:
         return 0.0
     there, here = owner.process.split(), me.process.split()
     if len(there) == 4 and there[:2] == here[:2] and "-" not in here[:2]:

@@ -23,6 +23,7 @@ from jaxscale.recipe import load_recipe
 from jaxscale.train.logs import quiet_terminal
 
 if TYPE_CHECKING:
+    from jaxscale.checkpoint.locations import Locations
     from jaxscale.supervisor.rpc import Tls
 
 
@@ -123,7 +124,8 @@ def run_coordinator(args: Sequence[str], prog: str | None = None) -> int:
     quiet_terminal()
     from jaxscale.run_directory import open_run
     from jaxscale.supervisor.addresses import is_loopback, resolved
-    from jaxscale.supervisor.coordinator import Coordinator, CoordinatorOptions
+    from jaxscale.supervisor.coordinator import Coordinator
+    from jaxscale.supervisor.coordinator_options import CoordinatorOptions
     from jaxscale.supervisor.job_token import read_token
     from jaxscale.supervisor.judge import TableJudge
     from jaxscale.supervisor.legal import LegalMeshes
@@ -165,7 +167,8 @@ def run_coordinator(args: Sequence[str], prog: str | None = None) -> int:
         )
         try:
             judge = TableJudge(request, command.config.memory.on_loss, legal, f"{command.job} {token.digest}")
-            coordinator = Coordinator(options, command.config, judge, directory)
+            locations = _locations(command, directory.path, f"{command.job} {token.digest}")
+            coordinator = Coordinator(options, command.config, judge, directory, locations)
             legal.ask(str(recipe.path), options.arguments, layouts(request), coordinator.not_audited)
             return asyncio.run(_coordinate(coordinator))
         finally:
@@ -173,6 +176,21 @@ def run_coordinator(args: Sequence[str], prog: str | None = None) -> int:
     except CannotListen as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _locations(command: CoordinatorCommand, run: Path, owner: str) -> Locations:
+    """Whose the run is, and its further places, with what they have fetched; refused where another job has it.
+
+    A coordinator that starts again while its run trains finds in the run directory what it needs.
+    """
+    from jaxscale.checkpoint import layout
+    from jaxscale.checkpoint.locations import Locations
+
+    locations = Locations(run, command.config, owner)
+    locations.look()
+    if not locations.is_ours() or layout.newest_step(run / "checkpoints") is None:
+        locations.fetch()
+    return locations
 
 
 def _check_ranges(command: CoordinatorCommand | AgentCommand, **least: int) -> None:

@@ -1,9 +1,9 @@
 """Any other address that fsspec opens: `gs://`, `sftp://`, `hdfs://`, `memory://`, ...
 
 fsspec knows no conditional write that all of its places have. One is emulated: look, write, wait, look whether one's
-own bytes are still there. Two jobs that write at the same moment may both believe for a second that they were first; the
-next look of the one that lost tells it. That is said once in the log. Where ownership has to be exact, use S3 or
-a folder. Read next: `s3_store.py`.
+own bytes are still there. Two jobs that write at the same moment may both believe for a second that they were first;
+the next look of the one that lost tells it. That is said once in the log. Where ownership has to be exact, use S3 or a
+folder. Read next: `s3_store.py`.
 """
 
 from __future__ import annotations

@@ -251,6 +251,7 @@ class Agent:
         taken = ("epoch", "rank", "address", "mesh", "devices", "every", "generations", "choice", "smaller", "peers")
         job = WorkerJob(
             job=options.job,
+            owner=f"{options.job} {options.token.digest}",
             host=options.host,
             listen=options.listen,
             folder=str(self.folder),

@@ -17,30 +17,30 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from jaxscale.checkpoint import layout
 from jaxscale.checkpoint.cover import Damaged
+from jaxscale.checkpoint.locations import Locations
+from jaxscale.checkpoint.patience import STORAGE_SECONDS
 from jaxscale.config import Config
 from jaxscale.run_directory import RunDirectory
 from jaxscale.supervisor import rpc
 from jaxscale.supervisor.admission import check_shape, read_hello
 from jaxscale.supervisor.ballot import WITNESS, Ballot, host_of
+from jaxscale.supervisor.coordinator_options import CoordinatorOptions
 from jaxscale.supervisor.facts import Action, Finish, Host, Hosts, Judge, Note, Settings, Start, Store, Tell
 from jaxscale.supervisor.inventory import best_choice
-from jaxscale.supervisor.job_token import Token
 from jaxscale.supervisor.journal import Journal
 from jaxscale.supervisor.machine import Machine
 from jaxscale.supervisor.quorum import Acceptor, AskAccept, QuorumError, Term
 from jaxscale.supervisor.refusals import Refusals
-from jaxscale.supervisor.rpc import Message, NameTaken, Refused, Server, Tls
+from jaxscale.supervisor.rpc import Message, NameTaken, Refused, Server
 from jaxscale.supervisor.states import DEPOSED
 from jaxscale.supervisor.status_answer import status_answer
 from jaxscale.supervisor.storekeeper import Storekeeper
 from jaxscale.supervisor.voter import ask_to_json, reply_from_json
 from jaxscale.supervisor.witness import Witness
-from jaxscale.supervisor.worlds import Request
 
 TICK_SECONDS = 0.05
 BEAT_SECONDS = 0.5
@@ -55,33 +55,17 @@ FAREWELL_SECONDS = 5.0
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class CoordinatorOptions:
-    """What a coordinator is started with."""
-
-    job: str
-    token: Token
-    listen: str
-    """host:port; port 0 lets the kernel choose."""
-    recipe: str
-    """Absolute path; every host has it there."""
-    arguments: tuple[str, ...]
-    """Overrides, as on the command line."""
-    command: tuple[str, ...] = ()
-    """How an agent starts another coordinator of this run, without where it listens."""
-    invite: tuple[str, ...] = ()
-    """Addresses of agents that may not know of this coordinator."""
-    elected_within: float = float("inf")
-    """Seconds after which it gives up if no majority has promised."""
-    tls: Tls | None = None
-    request: Request | None = None
-    """The world that is asked for; agents that have no place in it are refused."""
-
-
 class Coordinator:
     """Runs in one event loop, until the run is done, stopped or given up."""
 
-    def __init__(self, options: CoordinatorOptions, config: Config, judge: Judge, directory: RunDirectory) -> None:
+    def __init__(
+        self,
+        options: CoordinatorOptions,
+        config: Config,
+        judge: Judge,
+        directory: RunDirectory,
+        locations: Locations | None = None,
+    ) -> None:
         self._options, self._config, self._directory = options, config, directory
         memory = config.memory
         durable = (config.checkpoint.every, layout.newest_step(directory.checkpoints) or -1, str(directory.checkpoints))
@@ -98,7 +82,10 @@ class Coordinator:
         """When a voter was asked for a promise (-1) or a decision."""
         self._invited = self._beaten = 0.0
         self._unanswered_since, self._is_told, self._wants_end = self._began, False, False
-        self._store = Storekeeper(directory.checkpoints, directory.metrics, config.checkpoint.keep, self._stored)
+        keep = config.checkpoint.keep
+        self._store = Storekeeper(directory.checkpoints, directory.metrics, keep, self._stored, locations)
+        if locations is not None:
+            locations.event, locations.lost = self._journal.post, self._lost
         self._tasks: set[asyncio.Task[None]] = set()
         self._sends: dict[str, asyncio.Queue[Mapping[str, Any]]] = {}
         self._voters: dict[str, str] = {}
@@ -120,7 +107,7 @@ class Coordinator:
             await server.serve()
             return await self._lead()
         finally:
-            self._store.close()
+            self._store.close(unused=self._directory.is_unused)
             await server.stop()
             self._journal.retry(at_once=True)
 
@@ -135,6 +122,7 @@ class Coordinator:
             if self._finish.code != DEPOSED:
                 await self._farewell()
                 self._witness.delete()
+                await self._copy_last()
         finally:
             ticking.cancel()
         return self._finish
@@ -221,6 +209,7 @@ class Coordinator:
         self._journal.event("elected", **fields)
         if self._ballot.value:
             self.machine.take_over(self._ballot.value, now)
+        self._store.begin()
         backlog, self._backlog = self._backlog or [], None
         for tell, errors in backlog:
             try:
@@ -253,6 +242,22 @@ class Coordinator:
         deadline = time.monotonic() + FAREWELL_SECONDS
         while self._sends and time.monotonic() < deadline:
             await asyncio.sleep(TICK_SECONDS)
+
+    async def _copy_last(self) -> None:
+        said: list[str] = []
+        self._store.finish(STORAGE_SECONDS, said.append)
+        while not said:
+            await asyncio.sleep(TICK_SECONDS)
+        if said[0] and self._finish is not None:
+            self._alarm("copy failed", said[0])
+            self._finish = Finish(self._finish.code or 1, "; ".join(filter(None, [self._finish.text, said[0]])))
+
+    def _lost(self, error: Exception) -> None:
+        """Called in a thread of the storekeeper: this process owns the run no more."""
+        is_ours = getattr(error, "job", "") == self._options.owner
+        end = self._depose if is_ours else lambda why: self._hear(lambda: self.machine.lost(why, time.monotonic()), [])
+        with contextlib.suppress(RuntimeError):  # this coordinator has ended meanwhile
+            self._loop.call_soon_threadsafe(end, str(error))
 
     def _perform(self) -> None:
         """Puts what the machine wants to the vote, and does what was voted for."""

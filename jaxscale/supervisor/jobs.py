@@ -47,6 +47,8 @@ class WorkerJob:
     """`mesh`, `devices` and `processes` of the world after the next loss, to compile for; None where there is none."""
     peers: Mapping[str, str] = field(default_factory=dict)
     """Host -> address of its agent's slot server."""
+    owner: str = ""
+    """What the run's owner is known by: this job, told from another cluster's of the same name."""
 
     def write(self, folder: Path) -> Path:
         """Mode 0600; whole or not at all. Those of earlier epochs go: no worker of theirs may start any more."""

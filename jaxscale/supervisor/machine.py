@@ -189,6 +189,11 @@ class Machine(Transitions):
 
     # The durable tier
 
+    def lost(self, reason: str, now: float) -> None:
+        """Another job owns the run: all of this one ends, and saves nothing."""
+        if not self._is_final():
+            self._finish(1, reason, now, State.ESCALATED)
+
     def _persist(self, epoch: Epoch, now: float) -> None:
         """Makes the newest committed step durable, where that is due."""
         persisting = epoch.persisting

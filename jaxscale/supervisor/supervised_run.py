@@ -61,7 +61,7 @@ class SupervisedRun:
         self._sinks: list[MetricsSink] = []
         self._being_persisted: Callable[[], int] = lambda: -1
         self._restored: int | None = None
-        self._tier = DurableTier(directory.path, config, world, job.job, directory.event)
+        self._tier = DurableTier(directory.path, config, world, job.owner, directory.event, is_owner=False)
         self._kept = ""
         """Tier that took the last state."""
         identity = program_identity(config, world.processes, jax.devices())
@@ -75,7 +75,6 @@ class SupervisedRun:
 
             state, record, sources = restore_from_memory(self._job, abstract, self._rejected, self._changed)
             self._restored = None
-            self._tier.claim()
         else:
             found = self._tier.restore(abstract)
             if found is None:
@@ -96,7 +95,6 @@ class SupervisedRun:
         if world.is_writer:
             check_trackers(config)
         directory.begin(start.environment)
-        self._tier.begin()
         if world.is_writer:
             self._sinks = make_sinks(config, directory.path)
             journal = next(sink for sink in self._sinks if isinstance(sink, JsonlMetrics))
@@ -145,7 +143,7 @@ class SupervisedRun:
                 since=self._plain,
                 restored=self._restored,
                 refused=self._tier.refused,
-                event=self._tier.event,
+                event=directory.event,
                 before_seal=lambda: self._before_seal(journal),
                 before_save=self._tier.check,
             )
@@ -160,11 +158,10 @@ class SupervisedRun:
     def _before_seal(self, journal: JsonlMetrics | None) -> None:
         if journal is not None:
             journal.commit()
-        self._tier.check()
+        self._tier.check_patiently()
 
     # Snapshot
     def wants(self, step: int) -> bool:
-        self._tier.raise_if_lost()
         return any(tier.wants(step) for tier in self._tiers)
 
     def offer(self, step: int, state: Mapping[str, Any], record: Record, *, final: bool = False) -> None:
@@ -186,7 +183,7 @@ class SupervisedRun:
             while self._being_persisted() == step and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
             is_there = is_sealed(step_folder(self._directory.checkpoints, step))
-            is_there = is_there and step not in (self._restored, *self._unreadable)
+            is_there = is_there and step not in (self._restored, *self._tier.refused)
         return gather_text(self._world, "there" if is_there else "")[0] == "there"
 
     def _hand_over(self, step: int, state: Mapping[str, Any], record: Record) -> bool:
@@ -220,23 +217,10 @@ class SupervisedRun:
             self._ahead.close()
         for tier in self._tiers:
             tier.close()
-        self._close_copies()
         if self._kept:
             self._mailbox.say("kept", {"tier": self._kept})
         for sink in self._sinks:
             sink.close()
-
-    def _close_copies(self) -> None:
-        """A place that fails keeps no epoch from ending: the first process of the next one copies what is missing."""
-        from jaxscale.checkpoint.tier import CopyFailed
-
-        try:
-            if self._kept == "durable":
-                self._tier.wait()
-        except CopyFailed as error:
-            self._mailbox.say("alarm", {"what": "copy failed", "detail": str(error)})
-        finally:
-            self._tier.close()
 
     def _rejected(self, source: Source, location: Location, reason: str) -> None:
         where = {"holder": location.holder, "file": location.file, "path": source.path, "box": source.box}

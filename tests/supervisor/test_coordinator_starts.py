@@ -20,7 +20,8 @@ from jaxscale.run_directory import open_run
 from jaxscale.supervisor import journal as journal_module
 from jaxscale.supervisor import witness as witness_module
 from jaxscale.supervisor.admission import check_shape
-from jaxscale.supervisor.coordinator import Coordinator, CoordinatorOptions
+from jaxscale.supervisor.coordinator import Coordinator
+from jaxscale.supervisor.coordinator_options import CoordinatorOptions
 from jaxscale.supervisor.facts import Host
 from jaxscale.supervisor.job_token import child_environment, new_token, write_token
 from jaxscale.supervisor.journal import WAITING_LINES, Journal
@@ -119,7 +120,9 @@ def test_a_coordinator_whose_name_is_one_of_loopback_says_who_reaches_it(
 
 
 def directory_at(path):
-    return SimpleNamespace(path=path, checkpoints=path / "checkpoints", metrics=path / "metrics.jsonl", epoch=1)
+    return SimpleNamespace(
+        path=path, checkpoints=path / "checkpoints", metrics=path / "metrics.jsonl", epoch=1, is_unused=False
+    )
 
 
 def coordinator_at(listen, directory, **options):
@@ -428,7 +431,7 @@ class Disk:
     """A run directory that takes lines only while there is room."""
 
     def __init__(self):
-        self.epoch, self.room, self.lines = 7, 10**9, []
+        self.epoch, self.room, self.lines, self.is_unused = 7, 10**9, [], False
         self.metrics = Path("nowhere")
 
     def event(self, kind, source, **fields):

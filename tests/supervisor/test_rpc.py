@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from jaxscale.supervisor import rpc
 from jaxscale.supervisor.ballot import WITNESS, voter_name
-from jaxscale.supervisor.coordinator import Coordinator, CoordinatorOptions
+from jaxscale.supervisor.coordinator import Coordinator
+from jaxscale.supervisor.coordinator_options import CoordinatorOptions
 from jaxscale.supervisor.job_token import new_token
 from jaxscale.supervisor.quorum import Acceptor, Decision, Term
 from jaxscale.supervisor.rpc import VERSION, NameTaken, Refused, Server, Session, Unreachable, ask, decode, encode
@@ -277,6 +278,7 @@ class Directory:
     """A run directory that keeps events in memory."""
 
     def __init__(self, path):
+        self.is_unused = False
         self.path, self.checkpoints, self.epoch, self.events = path, path / "checkpoints", 1, []
         self.metrics = path / "metrics.jsonl"
         self.is_full = False
