@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 BEAT_SECONDS = 2.0
 BEAT_BOUNDS = Bounds(attempt_seconds=2.5, bytes_per_second=float("inf"), call_seconds=2.5)
 """With BEAT_SECONDS: a place that fails is known after 4.5 s at most."""
+COPY_RETRY = retry.RetryConfig()
 LOOK_SECONDS = 1.0
 """How often the folder is looked at for a step that somebody else sealed."""
 NICE = 10
@@ -75,7 +76,7 @@ class Location:
         lost: Callable[[Exception], None],
     ) -> None:
         """`folder`: the run's checkpoints. `lost` is told once that another job has the run."""
-        self.store = GuardedStore(store, changed=self._on_breaker)
+        self.store = GuardedStore(store, changed=self._on_breaker, retry=COPY_RETRY)
         self.owner = Ownership(GuardedStore(store, BEAT_BOUNDS, retry=UNBROKEN), me)
         self.state = LocationState(store.address)
         self._folder, self._keep, self._alarm_after = folder, keep, alarm_after
