@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxscale.checkpoint.checkpoint_config import CheckpointConfig
 from jaxscale.config_error import ConfigError as ConfigError
 from jaxscale.config_error import require as _require
 
@@ -262,30 +263,6 @@ class SampleConfig:
         _require(self.every == 0 or bool(self.prompt), "sample.every is set but sample.prompt is empty; give a prompt")
         _require(self.tokens >= 1, f"sample.tokens is {self.tokens}; a sample has at least 1 token")
         _require(self.temperature >= 0, f"sample.temperature is {self.temperature}; use 0 (greedy) or more")
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    every: int = 0
-    """Steps between durable checkpoints; 0 = only at the end and when the run is stopped."""
-    keep: int = 3
-    """Newest checkpoints kept, in the run directory and at each further location."""
-    locations: tuple[str, ...] = ()
-    """Further places that checkpoints are copied to: folders, s3://bucket/prefix, gs://bucket/prefix, ..."""
-    alarm_after: float = 900.0
-    """Seconds that the newest checkpoint at a location may be old while there is a newer one; then an alarm."""
-
-    def __post_init__(self) -> None:
-        _require(self.every >= 0, f"checkpoint.every is {self.every}; use 0 (only at the end) or more")
-        _require(self.keep >= 1, f"checkpoint.keep is {self.keep}; keep at least 1")
-        _require(
-            self.alarm_after > 0, f"checkpoint.alarm-after is {self.alarm_after}; use a positive number of seconds"
-        )
-        _require(all(self.locations), "checkpoint.locations has an empty address; leave it out, or give a place")
-        _require(
-            len(set(self.locations)) == len(self.locations),
-            f"checkpoint.locations names a place twice: {', '.join(self.locations)}",
-        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,31 @@
+"""Settings of durable checkpoints: how often, how many, and where else. Read next: `durable.py`, `locations.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxscale.config_error import require
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Of the durable tier."""
+
+    every: int = 0
+    """Steps between durable checkpoints; 0 = only at the end and when the run is stopped."""
+    keep: int = 3
+    """Newest checkpoints kept, in the run directory and at each further location."""
+    locations: tuple[str, ...] = ()
+    """Further places that checkpoints are copied to: folders, s3://bucket/prefix, gs://bucket/prefix, ..."""
+    alarm_after: float = 900.0
+    """Seconds that the newest checkpoint at a location may be old while there is a newer one; then an alarm."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"checkpoint.every is {self.every}; use 0 (only at the end) or more")
+        require(self.keep >= 1, f"checkpoint.keep is {self.keep}; keep at least 1")
+        require(self.alarm_after > 0, f"checkpoint.alarm-after is {self.alarm_after}; use a positive number of seconds")
+        require(all(self.locations), "checkpoint.locations has an empty address; leave it out, or give a place")
+        require(
+            len(set(self.locations)) == len(self.locations),
+            f"checkpoint.locations names a place twice: {', '.join(self.locations)}",
+        )
