@@ -224,7 +224,7 @@ class Location:
             self._copy = step_copy.StepCopy(self.store, path)
         self._set(behind=step)
         began = time.monotonic()
-        size = self._copy.run(self.owner.hold)
+        size = self._copy.run(self.owner.hold, self.owner.check_now_and_then)
         seconds = round(time.monotonic() - began, 4)
         self._copy = None
         self._is_newest(step, path)

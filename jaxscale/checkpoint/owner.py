@@ -26,6 +26,8 @@ OWNER = "owner.json"
 LEASE_SECONDS = 20.0
 """An owner elsewhere that has not written for so long is taken for gone."""
 LOOK_SECONDS = 0.5
+SURE_SECONDS = 2.0
+"""After a look at the record nobody else can have taken the place for longer than this: a lease is longer."""
 
 
 class RunOwned(ConfigError):
@@ -81,6 +83,8 @@ class Ownership:
         self._lock = threading.Lock()
         self._held: Versioned | None = None
         self._lost: OwnershipLost | None = None
+        self._seen = float("-inf")
+        """When this found its own record there, by the monotonic clock; before the question, not after the answer."""
         self.is_new = False
         """Whether nobody had this place before."""
 
@@ -151,9 +155,16 @@ class Ownership:
         with self._lock:
             if self._lost is not None:
                 raise self._lost
+            began = time.monotonic()
             found = self._read()
             if found is None or not self._is_mine(found[1]):
                 raise self._lose(found[1] if found else None)
+            self._seen = began
+
+    def check_now_and_then(self) -> None:
+        """As `check`, where this has not seen its own record for a moment: before each of many small writes."""
+        if self._lost is not None or time.monotonic() - self._seen > SURE_SECONDS:
+            self.check()
 
     def release(self, *, unused: bool = False) -> None:
         """Says that nobody has the place any more. `unused`: nothing was trained, so no trace of it stays either."""
@@ -168,7 +179,7 @@ class Ownership:
     def _write(self, before: Versioned | None, owner: Owner) -> bool:
         """Whether it was written; the condition did not hold otherwise."""
         owner = dataclasses.replace(owner, time=time.time(), nonce=secrets.token_hex(8))
-        data = owner.encode()
+        data, began = owner.encode(), time.monotonic()
         try:
             if before is None:
                 version = self._store.create(OWNER, data)
@@ -181,6 +192,7 @@ class Ownership:
             version = found[0].version  # an attempt that got no answer had been heard
         self._me = dataclasses.replace(owner, released=False)
         self._held = Versioned(data, version)
+        self._seen = began
         return True
 
     def _adopt(self) -> None:

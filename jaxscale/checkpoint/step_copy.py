@@ -60,21 +60,26 @@ class StepCopy:
         self._done: dict[str, int] = {}
         self._is_swept = False
 
-    def run(self, commit: Callable[[], None]) -> int:
-        """Copies the step; `commit` is called before the commit file is written, and may refuse. Returns its bytes.
+    def run(self, commit: Callable[[], None], touch: Callable[[], None] = lambda: None) -> int:
+        """Copies the step. Returns its bytes.
 
-        Raises DamagedCheckpoint where a file is not as it was written with; OSError of either side.
+        Both may refuse by raising. `commit` is called before the commit file is written, `touch` before anything that
+        lies there is deleted or written over: it may be another job's copy of the same step by now. Raises
+        DamagedCheckpoint where a file is not as it was written with; OSError of either side.
         """
         manifest = layout.check_files(self._path)
         last = {name: (self._path / name).read_bytes() for name in LAST}
+        touch()
         if not self._is_swept:
             delete_step(self._store, self.step)  # half a copy, or one of an earlier start
             self._is_swept = True
         for name, entry in manifest.files.items():
             if name not in self._done and name != COMMIT_FILE:
+                touch()
                 self._copy(name, entry)
                 self._done[name] = entry.nbytes
         self._check_sizes()
+        touch()
         self._store.write(f"{self._folder}/{MANIFEST}", last[MANIFEST])
         commit()
         self._store.write(f"{self._folder}/{COMMIT_FILE}", last[COMMIT_FILE])

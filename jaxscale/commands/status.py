@@ -20,6 +20,7 @@ from jaxscale.terminal import is_live, visible
 from jaxscale.track import lines
 
 if TYPE_CHECKING:
+    from jaxscale.supervisor.location_status import LocationStatus
     from jaxscale.supervisor.status import FaultStatus, RunStatus, TierStatus, Watcher
 
 WATCH_SECONDS = 1.0
@@ -99,6 +100,7 @@ def status_lines(status: RunStatus) -> list[str]:
         ("step", _step(status)),
         ("memory", _tier(status.memory, _no_memory(status))),
         ("durable", _tier(status.durable, "no checkpoint yet")),
+        *(("copy", _location(one)) for one in status.locations),
         ("damaged", ", ".join(f"{_count(count, 'line')} of {name}" for name, count in status.damaged.items())),
         ("faults", f"{status.fault_count:,}; the last ones:" if status.fault_count else "none"),
     ]
@@ -164,6 +166,18 @@ def _tier(tier: TierStatus | None, none: str) -> str:
     if tier is None:
         return none
     return f"step {tier.step:,}, {_age(tier.age_seconds)} old, {_count(tier.behind, 'step')} behind"
+
+
+def _location(one: LocationStatus) -> str:
+    """`s3://bucket/runs: step 40, 3.0 s old, 2 steps behind; FAILING for 12 s: S3Error: ...`"""
+    words = "no step yet"
+    if one.step is not None:
+        words = f"step {one.step:,}, {_age(one.age_seconds)} old, {_count(one.behind, 'step')} behind"
+    if one.lost:
+        return f"{one.address}: {words}; LOST: {one.reason}"
+    if one.failing_seconds is not None:
+        return f"{one.address}: {words}; FAILING for {_age(one.failing_seconds)}: {one.reason}"
+    return f"{one.address}: {words}"
 
 
 def _fault(fault: FaultStatus) -> str:

@@ -1,7 +1,7 @@
 """How a run stands, from its run directory alone: whoever trains it, on whatever machine, or nobody any more.
 
-`look` reads config.json, events.jsonl, metrics.jsonl, the lock and the names of the checkpoints; it writes nothing and
-imports no JAX. Read next: `../commands/status.py`, which shows it.
+`look` reads config.json, events.jsonl, metrics.jsonl, locations.json, the lock and the names of the checkpoints; it
+writes nothing and imports no JAX. Read next: `../commands/status.py`, which shows it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, Literal
 from jaxscale.checkpoint import layout
 from jaxscale.config import ConfigError
 from jaxscale.supervisor.follow import EVENTS, METRICS, Follower, tail_offset, time_of
+from jaxscale.supervisor.location_status import LocationStatus, read_locations
 from jaxscale.supervisor.story import Interruption, Story
 
 LOCK, CONFIG = ".lock", "config.json"
@@ -88,6 +89,8 @@ class RunStatus:
     """Since anything was written."""
     memory: TierStatus | None
     durable: TierStatus | None
+    locations: tuple[LocationStatus, ...]
+    """Further places of durable checkpoints."""
     damaged: Mapping[str, int]
     """Lines that could not be read, by file; what they said is missing above."""
     fault_count: int
@@ -147,6 +150,7 @@ class Watcher:
             quiet_seconds=max(0.0, now - story.last_at) if story.last_at else None,
             memory=_tier(story.sealed.get("memory") if stays else None, step, now),
             durable=_tier(_durable(self._run / "checkpoints"), step, now),
+            locations=read_locations(self._run, step, now),
             damaged=self._follower.damaged,
             fault_count=len(faults),
             faults=tuple(_fault(one, now) for one in faults[-FAULTS:]),

@@ -86,6 +86,25 @@ def test_the_screen(held):
     ]
 
 
+def test_further_places_of_checkpoints(held):
+    good = {"address": "/far", "step": 20, "sealed": START + 11, "failing_since": None, "reason": "", "lost": False}
+    failing = {**good, "address": "s3://b/runs", "step": None, "sealed": None, "failing_since": START + 1}
+    lost = {**good, "address": "s3://c", "reason": "it belongs to job x now", "lost": True}
+    (held / "locations.json").write_text(json.dumps([good, {**failing, "reason": "S3Error: 503"}, lost]))
+    assert [line for line in status_lines(look(held)) if line.startswith("  copy")] == [
+        "  copy    /far: step 20, 2.0 s old, 5 steps behind",
+        "  copy    s3://b/runs: no step yet; FAILING for 12 s: S3Error: 503",
+        "  copy    s3://c: step 20, 2.0 s old, 5 steps behind; LOST: it belongs to job x now",
+    ]
+    assert json.loads(shown(look(held), as_json=True))["locations"][1]["failing_seconds"] == pytest.approx(12.0)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"step": 1}]', '[{"address": "x", "step": "?"}]', "{"])
+def test_what_makes_no_sense_of_further_places_is_left_out(held, text):
+    (held / "locations.json").write_text(text)
+    assert look(held).locations == ()
+
+
 def test_a_fault_that_nothing_came_of_yet(held):
     write(held, fault(12.8, "worker of host-0 was ended by SIGKILL in step after 25 updates", epoch=2))
     status = look(held)

@@ -1,14 +1,18 @@
 """What a coordinator does in the durable tier: one thing after the other, told each time, and never in its way."""
 
+import json
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from jaxscale.checkpoint import layout
+from jaxscale.checkpoint.locations import Locations
 from jaxscale.checkpoint.manifest import DamagedCheckpoint
+from jaxscale.checkpoint.owner import OWNER
 from jaxscale.supervisor import storekeeper
 from jaxscale.supervisor.facts import Store
 from jaxscale.supervisor.storekeeper import Storekeeper
@@ -115,6 +119,50 @@ def test_a_mistake_of_our_own_is_told_and_logged_and_the_next_order_is_done(tmp_
         one.do(store("finalise", step))
     assert [word[2] for word in told.wait(4)] == ["", "oh", "", ""]
     assert "step 10 could not be saved" in caplog.text
+
+
+def owning(tmp_path, told, lost):
+    """A keeper whose run and whose location `far` belong to it."""
+    run, far = tmp_path / "run", tmp_path / "far"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    checkpoint = SimpleNamespace(locations=(str(far),), keep=2, alarm_after=900.0)
+    locations = Locations(run, SimpleNamespace(name="lm", checkpoint=checkpoint), "job", lost=lost)
+    locations.look()
+    one = Storekeeper(run / "checkpoints", run / "metrics.jsonl", 2, told, locations)
+    one.begin()
+    return one
+
+
+def test_a_step_is_committed_by_the_owner_alone(tmp_path, told, monkeypatch):
+    """Another job takes the run while hosts write a step: that step never comes to exist, and no room for another."""
+    lost = []
+
+    def finalise(path, ranks, epoch, mesh, metrics, allowed):  # noqa: ARG001 - as the real one
+        allowed()
+        (path / layout.MANIFEST).write_text("{}")
+        (path / layout.COMMIT_FILE).write_text("yes")
+        return 10
+
+    monkeypatch.setattr(storekeeper, "finalise", finalise)
+    one = owning(tmp_path, told, lost.append)
+    one.do(store("room", 10))
+    one.do(store("finalise", 10))
+    assert [word[2] for word in told.wait(2)] == ["", ""]
+    one.do(store("room", 20))
+    told.wait(3)
+    record = json.loads((tmp_path / "run" / OWNER).read_bytes())
+    (tmp_path / "run" / OWNER).write_text(
+        json.dumps({**record, "job": "other", "generation": record["generation"] + 1})
+    )
+    one.do(store("finalise", 20))
+    one.do(store("room", 30))
+    assert ["job other, generation 2" in word[2] for word in told.wait(5)[3:]] == [True, True]
+    assert [error.job for error in lost] == ["other"]
+    assert layout.numbered(tmp_path / "run" / "checkpoints") == [10, 20], "no room was made"
+    assert not (tmp_path / "run" / "checkpoints" / "20" / layout.COMMIT_FILE).exists()
+    one.close()
+    assert json.loads((tmp_path / "run" / OWNER).read_bytes())["job"] == "other"
 
 
 def test_a_closed_one_begins_nothing_more(tmp_path, told, monkeypatch):
