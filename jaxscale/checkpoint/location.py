@@ -278,7 +278,7 @@ class Location:
 
     def _lose(self, error: Exception) -> None:
         with self._lock:
-            if self.state.lost:
+            if self.state.lost or self._ended.is_set():  # it was given back
                 return
             self._set(lost=True, reason=str(error))
         self._say("alarm", what="run lost", detail=str(error), location=self.state.address)

@@ -171,6 +171,8 @@ class Ownership:
         with self._lock:
             if self._held is None or self._lost is not None:
                 return
+            # A copy that is under way in another thread must not take the place back with its next look.
+            self._lost = OwnershipLost(f"this job has given the run at {self._store.address} back")
             if unused and self.is_new:
                 self._store.delete(OWNER)
             else:

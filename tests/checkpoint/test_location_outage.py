@@ -2,6 +2,7 @@
 
 import errno
 import json
+import threading
 import time
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from jaxscale.checkpoint.locations import CopyFailed, Locations
 from jaxscale.checkpoint.manifest import DamagedCheckpoint
 from jaxscale.checkpoint.owner import OWNER, OwnershipLost
 from jaxscale.retry import RetryConfig
+from jaxscale.storage.guarded import Bounds
 from jaxscale.storage.local_store import LocalStore
 from jaxscale.train.protocols import Record
 
@@ -161,3 +163,28 @@ def test_an_owner_that_is_cut_off_in_a_copy_writes_over_nothing_when_it_comes_ba
     with pytest.raises(OwnershipLost):
         step_copy.StepCopy(store, run / "checkpoints" / "1").run(lambda: None, touch)
     assert len(store.files("checkpoints/1")) == 1, "no file after the one that was allowed"
+
+
+def test_a_copy_that_outlives_the_run_commits_nothing(run, tmp_path, monkeypatch):
+    """The run ends by an error while a place is slow: it was given back, and belongs to whoever comes next."""
+    began, go, told = threading.Event(), threading.Event(), []
+    write = LocalStore.write_chunks
+
+    def slow(store, name, chunks, size):
+        if "far" in store.address:
+            began.set()
+            assert go.wait(30)
+        write(store, name, chunks, size)
+
+    monkeypatch.setattr(LocalStore, "write_chunks", slow)
+    monkeypatch.setattr(location, "BEAT_BOUNDS", Bounds(attempt_seconds=0.2, call_seconds=0.2))
+    made = locations_at(run, tmp_path / "far", lost=told.append)
+    assert began.wait(20)
+    made.close()
+    copying = [thread for thread in threading.enumerate() if thread.name.startswith("_copy_all")]
+    go.set()
+    for thread in copying:
+        thread.join(20)
+    assert step_copy.steps_at(LocalStore(tmp_path / "far")) == []
+    assert json.loads((tmp_path / "far" / OWNER).read_bytes())["released"]
+    assert told == []

@@ -50,6 +50,17 @@ def test_an_old_owner_that_comes_back_is_refused_at_its_commit(tmp_path):
     new.check()
 
 
+def test_who_gave_a_place_back_does_not_take_it_again_by_a_late_look(tmp_path):
+    store = LocalStore(tmp_path)
+    first = at(store, "a")
+    first.take(1)
+    first.release()
+    for late in (first.hold, first.check, first.check_now_and_then):
+        with pytest.raises(OwnershipLost, match="given the run"):
+            late()
+    assert first.look().released
+
+
 def test_another_coordinator_of_one_job_takes_over_at_once_and_the_old_one_has_lost(tmp_path):
     store = LocalStore(tmp_path)
     before, after = at(store, "a"), at(store, "a", process="boot-z pid:1 9 1")

@@ -1,11 +1,15 @@
-"""Supervised runs with a further location: a whole copy, a directory that is gone, a second job, an owner that lost."""
+"""Supervised runs with a further location: a whole copy, a directory that is gone, a second job, an outage."""
 
+import itertools
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import botocore.session
 import jax
 import numpy as np
 import pytest
@@ -19,7 +23,10 @@ from jaxscale.checkpoint import step_copy
 from jaxscale.checkpoint.layout import list_steps, read_manifest, step_folder
 from jaxscale.checkpoint.owner import OWNER
 from jaxscale.storage.addresses import open_store
+from jaxscale.supervisor.status import Watcher
 from jaxscale.testing.cluster import launched, left_behind
+from jaxscale.testing.http_faults import faulty_proxy
+from jaxscale.testing.s3_server import s3_server, variables
 
 NANO = Path(__file__).parents[2] / "recipes" / "lm_nano.py"
 SHAPE = ("--slices", 2, "--hosts-per-slice", 1)
@@ -152,3 +159,52 @@ def test_a_run_that_another_job_has_taken_ends_and_commits_nothing_more(tmp_path
         check_refused(launch_again(tmp_path / "other", *flags), "belongs to a run that is alive", far, "generation 1")
         assert not (tmp_path / "other" / "config.json").exists()
         check_another_job_takes(run, place, open_store(far))
+
+
+@pytest.mark.slow
+def test_a_minute_without_s3_holds_up_no_step_and_the_run_goes_on_from_s3_alone(tmp_path):
+    """As a user has it: two hosts, an outage of 60 s, all of it copied after that, the directory gone."""
+    with s3_server() as server, faulty_proxy(server.address) as proxy, pytest.MonkeyPatch.context() as patch:
+        for name, value in variables(proxy.address).items():
+            patch.setenv(name, value)
+        botocore.session.get_session().create_client("s3").create_bucket(Bucket="bucket")
+        far = open_store("s3://bucket/runs")
+        flags = (*SHAPE, "--memory.every", 5, "--checkpoint.every", 100, "--checkpoint.locations", far.address)
+        with launched(NANO, tmp_path / "run", *flags, "--steps", 100_000) as run:
+            run.wait_for(lambda: step_copy.steps_at(far) or None, "the first copy")
+            proxy.begin("stall")
+            began = time.time()
+            alarm = run.wait_for_event("alarm", what="location failing")
+            assert alarm["time"] - began < 5.0
+            time.sleep(max(0.0, began + 60 - time.time()))
+            (there,) = Watcher(run.run).look(time.time()).locations
+            assert there.failing_seconds > 50
+            assert there.behind > 0
+            trained = [line["time"] for line in run.metrics() if began < line["time"]]
+            assert max(after - before for before, after in itertools.pairwise(trained)) < 5.0, "training waited"
+            sealed = [e for e in run.events("sealed") if e["tier"] == "durable" and "location" not in e]
+            assert [e for e in sealed if e["time"] > began + 30], "durable steps went on in the run directory"
+            proxy.heal()
+            healed = time.time()
+            back = run.wait_for_event("alarm", what="location back")
+            assert back["time"] - healed < 45.0, "a probe each 30 s, and the first copy"
+            assert not run.events("fault")
+            run.process.send_signal(signal.SIGTERM)
+            assert run.finish() == 75, run.output
+            stopped = run.last_line()["step"]
+            lines = {line["step"]: line["loss"] for line in run.metrics()}
+        assert step_copy.steps_at(far)[-1] == list_steps(run.run / "checkpoints")[-1] == stopped
+        shutil.move(run.run, tmp_path / "kept")
+        losses = []
+        for name in ("kept", "run"):
+            with launched(NANO, tmp_path / name, *flags, "--steps", stopped + 20) as again:
+                assert again.finish() == 0, again.output
+                losses.append({line["step"]: line["loss"] for line in again.metrics() if line["step"] >= stopped})
+            if name == "kept":
+                for step in [step for step in step_copy.steps_at(far) if step > stopped]:
+                    step_copy.delete_step(far, step)
+            else:
+                assert [event["step"] for event in again.events("fetched")] == [stopped]
+        assert losses[0] == losses[1]
+        assert losses[1][stopped] == lines[stopped]
+        assert step_copy.steps_at(far)[-1] == stopped + 20
