@@ -3,12 +3,23 @@
 import dataclasses
 import json
 import secrets
+import subprocess
+import sys
+import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxscale.checkpoint import owner as owners
-from jaxscale.checkpoint.owner import OWNER, Ownership, OwnershipLost, RunOwned, check_job, this_process
+from jaxscale.checkpoint.owner import OWNER, Owner, Ownership, OwnershipLost, RunOwned, check_job, this_process
 from jaxscale.storage.local_store import LocalStore
+
+FIELDS = [field.name for field in dataclasses.fields(Owner)]
+
+
+def encoded(value):
+    return json.dumps(value).encode()
 
 
 def at(store, job, **fields):
@@ -76,6 +87,44 @@ def test_a_record_that_makes_no_sense_is_refused(tmp_path, text):
     (tmp_path / OWNER).write_text(text)
     with pytest.raises(RunOwned, match="cannot be understood"):
         at(LocalStore(tmp_path), "a").take(1)
+
+
+def test_on_one_machine_it_is_known_at_once_whether_the_owner_lives(tmp_path):
+    """Its record is old, as that of a job that was stopped for a while; its process says more than that."""
+    store = LocalStore(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        theirs = this_process("lm", "a")
+        theirs = dataclasses.replace(theirs, pid=child.pid, process=owners._identity(child.pid), time=0.0, generation=4)
+        store.write(OWNER, theirs.encode())
+        mine = Ownership(store, this_process("lm", "b"))
+        with pytest.raises(RunOwned, match=rf"job a, generation 4, pid {child.pid}"):
+            mine.take(1)
+        child.kill()
+        child.wait()
+        store.write(OWNER, dataclasses.replace(theirs, time=time.time() + 60).encode())
+        mine.take(1)  # it need not wait for the lease to end
+    assert mine.generation == 5
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.binary(max_size=20) | st.dictionaries(st.sampled_from(FIELDS), json_values, min_size=7).map(encoded))
+def test_whatever_lies_there_is_understood_or_refused(tmp_path_factory, data):
+    store = LocalStore(tmp_path_factory.mktemp("place"))
+    store.write(OWNER, data)
+    for ask in (at(store, "b").look, lambda: check_job(store, "b")):
+        try:
+            ask()
+        except (RunOwned, OwnershipLost) as error:
+            said = str(error)
+        else:
+            said = OWNER
+        assert OWNER in said or "belongs to" in said
 
 
 def test_a_place_of_another_recipe_is_refused(tmp_path):

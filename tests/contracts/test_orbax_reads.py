@@ -114,6 +114,24 @@ def test_stock_orbax_reads_it(step, mesh):
         assert [found.step for found in checkpointer.checkpoints] == [7]
 
 
+def test_whoever_may_not_commit_makes_no_step(tmp_path, mesh):
+    """`allowed` is asked once all is written but what makes it a step."""
+    path = tmp_path / "checkpoints" / "7"
+    make_room(path)
+    for slot in slots(tmp_path, mesh, values()):
+        persist([slot], "job", 2, 7, path)
+
+    def refused():
+        raise PermissionError("the run is another job's")
+
+    with pytest.raises(PermissionError):
+        finalise(path, 2, 2, {}, allowed=refused)
+    assert not is_sealed(path)
+    assert not (path / COMMIT_FILE).exists()
+    finalise(path, 2, 2, {})
+    assert is_sealed(path)
+
+
 def test_without_a_part_it_is_no_step(tmp_path, mesh):
     path = tmp_path / "checkpoints" / "7"
     make_room(path)

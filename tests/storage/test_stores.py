@@ -3,6 +3,7 @@
 import errno
 import secrets
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,14 @@ def test_of_many_that_write_at_one_moment_one_does(kind, request, tmp_path):
     assert open_store(address).read("owner") == str(won[0]).encode()
 
 
+def heal_after(proxy, requests):
+    """Ends a fault once so many have met it: more than open a breaker."""
+    deadline = time.monotonic() + 15
+    while proxy.met < requests and time.monotonic() < deadline:
+        time.sleep(0.01)
+    proxy.heal()
+
+
 @pytest.mark.parametrize(
     ("fault", "kind"), [("503", S3Error), ("slow-down", S3Error), ("reset", S3Unreachable), ("cut", S3Unreachable)]
 )
@@ -119,7 +128,7 @@ def test_an_s3_that_fails_for_a_moment_is_asked_again(fault, kind, bucket, serve
             plain.read("x")
         changes = []
         guarded = GuardedStore(plain, Bounds(call_seconds=20), changes.append, QUICK)
-        timer = threading.Timer(0.3, proxy.heal)
+        timer = threading.Thread(target=heal_after, args=(proxy, 8))
         timer.start()
         assert guarded.read("x") == b"0123456789"
         timer.join()
