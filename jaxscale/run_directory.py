@@ -38,6 +38,8 @@ WITNESS = "witness-"
 """How the files of a supervised run's witness begin, which votes on who coordinates."""
 OWNERSHIP = ("owner.json", ".owner.json.lock", ".owner.json.partial", "locations.json", "locations.json.partial")
 """Whose the run is and how its further locations stand: what a coordinator writes before its workers begin."""
+LOOK_SECONDS = 0.2
+"""For so long a lock may be held by somebody who only looks whether it is (`jaxscale status`)."""
 LOG_BYTES, LOG_FILES = 10_000_000, 5
 TAIL_BYTES = 1 << 20
 """How much of the end of a file is searched for the highest epoch: epochs grow along the file."""
@@ -228,8 +230,9 @@ class _Lock:
     def __init__(self, folder: Path, job: str = "") -> None:
         path = folder / LOCK
         self._job = job
+        made, deadline = False, time.monotonic() + LOOK_SECONDS
         while True:
-            made = _make(folder)
+            made = _make(folder) or made
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -241,6 +244,9 @@ class _Lock:
                 os.close(file)
                 if not isinstance(error, BlockingIOError):
                     raise
+                if time.monotonic() < deadline:
+                    time.sleep(LOOK_SECONDS / 10)
+                    continue
                 raise RunDirectoryError(
                     f"{folder} is in use by another run ({holder or 'which has just started'}); "
                     "wait for it, stop it, or give another --run.dir"

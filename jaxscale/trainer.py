@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from jaxscale.checkpoint.due import Apart
 from jaxscale.checkpoint.durable import DurableCheckpoints, warm_up
 from jaxscale.checkpoint.tier import DurableTier
 from jaxscale.config import Config
@@ -110,6 +111,8 @@ def _train_in(config: Config, world: World, directory: RunDirectory, stop: StopF
         raise
     finally:
         agreement.close()
+        if plain.apart is not None:
+            plain.apart.close()
     plain.finish(outcome)
     return outcome.reason
 
@@ -127,6 +130,8 @@ class _PlainRun:
         self._checkpoints: DurableCheckpoints | None = None
         job = secrets.token_hex(8)
         self.tier = DurableTier(directory.path, config, world, job, directory.event)
+        checkpoint = config.checkpoint
+        self.apart = Apart(world, checkpoint.apart, self.tier.event) if checkpoint.every == "auto" else None
         self._sinks: list[MetricsSink] = []
         self._display: Display | None = None
         self._restored: int | None = None
@@ -198,6 +203,7 @@ class _PlainRun:
             self._directory.checkpoints,
             self._config.checkpoint.every,
             self._config.checkpoint.keep,
+            apart=self.apart,
             restored=self._restored,
             refused=self.tier.refused,
             event=self.tier.event,

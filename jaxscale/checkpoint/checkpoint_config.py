@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from jaxscale.config_error import require
 
@@ -11,8 +12,10 @@ from jaxscale.config_error import require
 class CheckpointConfig:
     """Of the durable tier."""
 
-    every: int = 0
-    """Steps between durable checkpoints; 0 = only at the end and when the run is stopped."""
+    every: int | Literal["auto"] = "auto"
+    """Steps between durable checkpoints; auto: as is worth their cost; 0 = only at the end and at a stop."""
+    apart: float = 1800.0
+    """Seconds from one durable checkpoint to the next, at most, where `every` is auto; an older one is an alarm."""
     keep: int = 3
     """Newest checkpoints kept, in the run directory and at each further location."""
     locations: tuple[str, ...] = ()
@@ -21,7 +24,11 @@ class CheckpointConfig:
     """Seconds that the newest checkpoint at a location may be old while there is a newer one; then an alarm."""
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, f"checkpoint.every is {self.every}; use 0 (only at the end) or more")
+        require(
+            self.every == "auto" or self.every >= 0,
+            f"checkpoint.every is {self.every}; use auto, 0 (only at the end) or more",
+        )
+        require(self.apart > 0, f"checkpoint.apart is {self.apart}; use a positive number of seconds")
         require(self.keep >= 1, f"checkpoint.keep is {self.keep}; keep at least 1")
         require(self.alarm_after > 0, f"checkpoint.alarm-after is {self.alarm_after}; use a positive number of seconds")
         require(all(self.locations), "checkpoint.locations has an empty address; leave it out, or give a place")

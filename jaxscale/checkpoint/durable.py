@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import NamedSharding
@@ -22,7 +22,9 @@ from jax.sharding import NamedSharding
 from jaxscale import tree
 from jaxscale.checkpoint import agree, layout, leftovers
 from jaxscale.checkpoint.compare import describe
+from jaxscale.checkpoint.due import Apart
 from jaxscale.checkpoint.held import HeldShard, digests, hold
+from jaxscale.checkpoint.interval import AUTO
 from jaxscale.checkpoint.manifest import Arrays
 from jaxscale.checkpoint.owner import OwnershipLost
 from jaxscale.checkpoint.parts import all_parts, own_part
@@ -57,7 +59,7 @@ def warm_up() -> threading.Thread:
 
 
 class DurableCheckpoints:
-    """Saves a state every `every` steps (0: only the last one) and keeps the `keep` newest.
+    """Saves a state every `every` steps (0: only the last one), or as `apart` says, and keeps the `keep` newest.
 
     All processes of a world make one and call it at the same steps. `event` receives `sealed` and `alarm` lines;
     `before_seal` runs in the background on process 0 just before a step comes to exist (it makes metrics.jsonl
@@ -70,9 +72,10 @@ class DurableCheckpoints:
     def __init__(
         self,
         folder: Path,
-        every: int,
+        every: int | Literal["auto"],
         keep: int,
         *,
+        apart: Apart | None = None,
         since: Callable[[], int] = lambda: 0,
         restored: int | None = None,
         refused: Collection[int] = (),
@@ -80,7 +83,9 @@ class DurableCheckpoints:
         before_seal: Callable[[], None] | None = None,
         before_save: Callable[[], None] | None = None,
     ) -> None:
-        self._folder, self._every, self._keep = folder.absolute(), every, keep
+        if (every == AUTO) != (apart is not None):
+            raise ValueError(f"every is {every}: `apart` says when saves are due if that is auto, and only then")
+        self._folder, self._every, self._keep, self._apart = folder.absolute(), every, keep, apart
         self._since, self._answer = since, (-1, False)
         self._event: Event = event or (lambda *_, **__: None)
         self._before_seal = before_seal or (lambda: None)
@@ -96,11 +101,14 @@ class DurableCheckpoints:
 
     def wants(self, step: int) -> bool:
         """Whether a save is due after this step; the same answer however often it is asked."""
-        if self._every <= 0 or step % self._every:
-            return False
         if step != self._answer[0]:
-            self._answer = step, 0 <= self._since() <= step
+            self._answer = step, 0 <= self._since() <= step and self._is_due(step)
         return self._answer[1]
+
+    def _is_due(self, step: int) -> bool:
+        if self._apart is not None:
+            return self._apart.is_due(busy=self._save is not None and self._save.outcome == RUNNING)
+        return self._every != AUTO and self._every > 0 and step % self._every == 0
 
     def offer(self, step: int, state: Mapping[str, Any], record: Record, *, final: bool = False) -> None:
         """Starts saving the state after `step` updates, and returns while it is being written.
@@ -207,6 +215,8 @@ class DurableCheckpoints:
             seconds=round(seconds, 4),
             blocked_seconds=round(blocked, 4),
         )
+        if self._apart is not None:
+            self._apart.saved(blocked, seconds)
         present, sealed = layout.numbered(self._folder), layout.list_steps(self._folder)
         for step in layout.expired(present, sealed, record.step, self._keep, self._refused):
             self._delete(step)

@@ -59,6 +59,14 @@ def newest_step(folder: Path) -> int | None:
     return steps[-1] if steps else None
 
 
+def made_at(folder: Path, step: int) -> float | None:
+    """When a sealed step came to exist, in seconds since 1970; None where it was deleted just now."""
+    try:
+        return os.stat(step_folder(folder, step) / MANIFEST).st_mtime
+    except OSError:
+        return None
+
+
 def committed(folder: Path) -> list[int]:
     """Steps whose save was finished once, in growing order; one that has lost its manifest since is among them."""
     return [step for step in numbered(folder) if is_finished(step_folder(folder, step))]

@@ -99,7 +99,7 @@ def status_lines(status: RunStatus) -> list[str]:
         ("world", _world(status)),
         ("step", _step(status)),
         ("memory", _tier(status.memory, _no_memory(status))),
-        ("durable", _tier(status.durable, "no checkpoint yet")),
+        ("durable", _tier(status.durable, "no checkpoint yet") + _interval(status.durable_interval_seconds)),
         *(("copy", _location(one)) for one in status.locations),
         ("damaged", ", ".join(f"{_count(count, 'line')} of {name}" for name, count in status.damaged.items())),
         ("faults", f"{status.fault_count:,}; the last ones:" if status.fault_count else "none"),
@@ -107,6 +107,10 @@ def status_lines(status: RunStatus) -> list[str]:
     shown = [row for row in rows if row[1] and (status.is_supervised or row[0] not in ("memory", "faults"))]
     title = f"{status.name or 'a run that has not begun'}  {status.run}"
     return [title, *(f"  {name:<7} {text}" for name, text in shown), *map(_fault, status.faults)]
+
+
+def _interval(seconds: float | None) -> str:
+    return "" if seconds is None else f"; one about every {_age(seconds)}"
 
 
 def _life(status: RunStatus) -> str:

@@ -11,9 +11,9 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-AUTO: Literal["auto"] = "auto"
+from jaxscale.checkpoint.interval import young_daly
 
 FIRST_STEPS = 5
 """Steps between checkpoints until there are measurements, which soon there are; and something is safe early."""
@@ -73,8 +73,7 @@ def steps_between(blocked: float, step: float, between_failures: float) -> int:
 
     blocked: seconds that training waits for a checkpoint. step: seconds of a step.
     """
-    best = math.sqrt(2 * blocked * between_failures)
-    seconds = max(best, blocked / BLOCKED_SHARE)
+    seconds = max(young_daly(blocked, between_failures), blocked / BLOCKED_SHARE)
     return max(1, min(math.ceil(seconds / step), int(LONGEST_SECONDS / step)))
 
 

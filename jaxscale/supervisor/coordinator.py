@@ -29,13 +29,14 @@ from jaxscale.supervisor import rpc
 from jaxscale.supervisor.admission import check_shape, read_hello
 from jaxscale.supervisor.ballot import WITNESS, Ballot, host_of
 from jaxscale.supervisor.coordinator_options import CoordinatorOptions
-from jaxscale.supervisor.facts import Action, Finish, Host, Hosts, Judge, Note, Settings, Start, Store, Tell
+from jaxscale.supervisor.facts import Action, Finish, Host, Hosts, Judge, Note, Start, Store, Tell
 from jaxscale.supervisor.inventory import best_choice
 from jaxscale.supervisor.journal import Journal
 from jaxscale.supervisor.machine import Machine
 from jaxscale.supervisor.quorum import Acceptor, AskAccept, QuorumError, Term
 from jaxscale.supervisor.refusals import Refusals
 from jaxscale.supervisor.rpc import Message, NameTaken, Refused, Server
+from jaxscale.supervisor.run_settings import settings_of
 from jaxscale.supervisor.states import DEPOSED
 from jaxscale.supervisor.status_answer import status_answer
 from jaxscale.supervisor.storekeeper import Storekeeper
@@ -67,9 +68,7 @@ class Coordinator:
         locations: Locations | None = None,
     ) -> None:
         self._options, self._config, self._directory = options, config, directory
-        memory = config.memory
-        durable = (config.checkpoint.every, layout.newest_step(directory.checkpoints) or -1, str(directory.checkpoints))
-        settings = Settings(config.steps, memory.every, memory.generations, memory.replicas, *durable)
+        settings = settings_of(config, directory.checkpoints)
         if options.invite:  # hosts have heard nobody for some time: who can come to this one does so at once
             settings = dataclasses.replace(settings, adopt_seconds=INVITED_SECONDS)
         self.machine = Machine(settings, judge, self._source, directory.epoch - 1, time.monotonic())

@@ -216,10 +216,14 @@ class Settings:
     """Steps between memory checkpoints; 0 = none; `auto`: from measured cost (`cadence.py`)."""
     generations: int
     replicas: int
-    durable_every: int = 0
-    """Steps between durable checkpoints; 0 = only the last state."""
+    durable_every: int | Literal["auto"] = 0
+    """Steps between durable checkpoints; 0 = only the last state; `auto`: from measured cost (`durable_pace.py`)."""
     durable: int = -1
     """The newest durable step there is at the start."""
+    durable_age: float = 0.0
+    """Seconds since it came to exist; 0 where there is none."""
+    durable_apart: float = 1800.0
+    """Seconds between durable checkpoints at most, where `auto` chooses."""
     checkpoints: str = ""
     """Folder of the durable steps, as all hosts see it."""
     lease_seconds: float = LEASE_SECONDS

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxscale.checkpoint.interval import AUTO, allowed
 from jaxscale.supervisor import evidence as ev
-from jaxscale.supervisor.cadence import AUTO, choose, notice_steps
+from jaxscale.supervisor.cadence import choose, notice_steps
 from jaxscale.supervisor.facts import Epoch, Host, Note, Store
 from jaxscale.supervisor.limits import Kind, suspects
 from jaxscale.supervisor.records import SECTIONS
@@ -196,7 +197,11 @@ class Machine(Transitions):
 
     def _persist(self, epoch: Epoch, now: float) -> None:
         """Makes the newest committed step durable, where that is due."""
-        persisting = epoch.persisting
+        persisting, pace = epoch.persisting, self.durable_pace
+        pace.begins(now)
+        if persisting.every == AUTO and epoch.plain < 0 and pace.becomes_late(now):
+            detail = f"no durable step for {now - pace.newest:.0f} s; allowed are {allowed(pace.at_most):.0f}"
+            self.actions.append(Note("alarm", {"what": "checkpoint too old", "detail": detail}))
         if persisting.is_stuck(now):
             self._unpersisted(epoch, persisting.step, f"{persisting.phase} takes too long", now)
         # The last state is saved by the workers themselves, in this very place.
@@ -213,9 +218,11 @@ class Machine(Transitions):
             fields: dict[str, Any] = {"tier": "durable", "step": what.step, "bytes": size}
             if epoch is not None:
                 fields["seconds"] = round(now - epoch.persisting.began, 4)
-                epoch.persisting.sealed(what.step)
+                epoch.persisting.sealed(what.step, now)
                 self._announce(epoch, True)  # the slots are free again
             self.actions.append(Note("sealed", {**fields, "blocked_seconds": 0.0}))
+            if self.settings.durable_every == AUTO and (seconds := self.durable_pace.news(now)) is not None:
+                self.actions.append(Note("interval", {"tier": "durable", "seconds": round(seconds, 1)}))
         elif epoch is not None and reason:
             self._unpersisted(epoch, what.step, reason, now)
         elif epoch is not None and not self._is_over() and epoch.persisting.has_room(what.step, now):

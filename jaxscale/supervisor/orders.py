@@ -10,7 +10,8 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-from jaxscale.supervisor.cadence import AUTO, FIRST_STEPS, UNDECIDED, Cadence
+from jaxscale.checkpoint.interval import AUTO
+from jaxscale.supervisor.cadence import FIRST_STEPS, UNDECIDED, Cadence
 from jaxscale.supervisor.facts import Epoch, Hosts, Settings, Tell, World
 from jaxscale.supervisor.placement import buddies
 

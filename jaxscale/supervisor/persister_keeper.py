@@ -23,6 +23,8 @@ class PersisterKeeper:
         """`folder`: the host's, in shared memory. `say(kind, **fields)`: to the coordinator."""
         self._folder, self._job, self._say = folder, job, say
         self._process: asyncio.subprocess.Process | None = None
+        self._killed: list[asyncio.subprocess.Process] = []
+        """Those whose end the loop may not have heard of."""
         self._task: asyncio.Task[None] | None = None
 
     def order(self, epoch: int, step: int, target: Path) -> None:
@@ -42,16 +44,18 @@ class PersisterKeeper:
         self.stop()
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
-        process = self._process
         self._kill()
-        if process is not None:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), CLOSE_SECONDS)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                for process in self._killed:
+                    await _gone(process)
 
     def _kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
+        if self._process is not None:
+            self._killed = [old for old in self._killed if old.returncode is None] + [self._process]
         self._process = None
 
     async def _work(self, message: Mapping[str, Any]) -> None:
@@ -79,3 +83,12 @@ class PersisterKeeper:
             command = (sys.executable, "-m", "jaxscale.supervisor.persister")
             self._process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
         return self._process
+
+
+async def _gone(process: asyncio.subprocess.Process) -> None:
+    """Returns when its pipes are closed too: a loop that ends before leaves a traceback on stderr."""
+    assert process.stdout is not None
+    with contextlib.suppress(ConnectionError):
+        await process.stdout.read()
+    await process.wait()
+    await asyncio.sleep(0)

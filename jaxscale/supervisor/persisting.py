@@ -11,7 +11,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxscale.checkpoint.interval import AUTO
 from jaxscale.retry import RetryConfig, pause
+from jaxscale.supervisor.durable_pace import DurablePace
 
 Phase = Literal["idle", "room", "copy", "finalise"]
 
@@ -24,10 +26,12 @@ class Persisting:
     """From commit to commit."""
 
     members: Collection[str]
-    every: int
-    """Steps between durable checkpoints; 0 = none are made this way."""
+    every: int | Literal["auto"]
+    """Steps between durable checkpoints; 0 = none are made this way; auto: `pace` says when."""
     done: int
     """The newest durable step that this epoch's history has."""
+    pace: DurablePace = field(default_factory=lambda: DurablePace(0.0))
+    """Of the run, across its epochs."""
     step: int = -1
     """Under way; -1 = none is."""
     phase: Phase = "idle"
@@ -44,11 +48,15 @@ class Persisting:
 
     def begins(self, committed: int, now: float) -> bool:
         """Whether the newest committed step is to be made durable, from now on."""
-        is_due = self.every > 0 and committed // self.every > self.done // self.every
-        if self.phase != "idle" or not is_due or now < self._not_before:
+        if self.phase != "idle" or now < self._not_before or not self._is_due(committed, now):
             return False
         self.step, self.phase, self.began, self.entered, self._written = committed, "room", now, now, set()
         return True
+
+    def _is_due(self, committed: int, now: float) -> bool:
+        if self.every == AUTO:
+            return committed > self.done and self.pace.is_due(now)
+        return self.every > 0 and committed // self.every > self.done // self.every
 
     def has_room(self, step: int, now: float) -> bool:
         """Whether hosts are to write now."""
@@ -67,9 +75,10 @@ class Persisting:
         self.phase, self.entered = "finalise", now
         return True
 
-    def sealed(self, step: int) -> None:
+    def sealed(self, step: int, now: float) -> None:
         """The step exists."""
         self.done = max(self.done, step)
+        self.pace.sealed(now - self.began, now)
         if step == self.step:
             self.step, self.phase, self.failures = -1, "idle", 0
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from jaxscale.checkpoint.layout import newest_step
-from jaxscale.config import Config
+from jaxscale.config import CheckpointConfig, Config
 from jaxscale.supervisor.follow import Follower, Told, offsets_of
 from jaxscale.supervisor.last_words import stopped_line
 from jaxscale.supervisor.states import State
@@ -152,7 +152,7 @@ def screen(config: Config, shape: ClusterShape, folder: Path) -> list[str]:
         ),
         (
             "durable",
-            f"a checkpoint every {_count(durable.every, 'step')}, the newest {durable.keep} are kept"
+            f"a checkpoint {_often(durable)}, the newest {durable.keep} are kept"
             if durable.every
             else "a checkpoint at the end",
         ),
@@ -166,6 +166,12 @@ def screen(config: Config, shape: ClusterShape, folder: Path) -> list[str]:
         ("steps", f"{config.steps:,}"),
     ]
     return [config.name, *(f"  {name:<7} {text}" for name, text in rows)]
+
+
+def _often(durable: CheckpointConfig) -> str:
+    if durable.every == "auto":
+        return f"as often as is worth its cost, at most {durable.apart:g} s apart"
+    return f"every {_count(durable.every, 'step')}"
 
 
 def numbers(model: Any) -> str:

@@ -89,6 +89,8 @@ class RunStatus:
     """Since anything was written."""
     memory: TierStatus | None
     durable: TierStatus | None
+    durable_interval_seconds: float | None
+    """From one durable step to the next, where the run chooses; None: it does not, or has not yet."""
     locations: tuple[LocationStatus, ...]
     """Further places of durable checkpoints."""
     damaged: Mapping[str, int]
@@ -150,6 +152,7 @@ class Watcher:
             quiet_seconds=max(0.0, now - story.last_at) if story.last_at else None,
             memory=_tier(story.sealed.get("memory") if stays else None, step, now),
             durable=_tier(_durable(self._run / "checkpoints"), step, now),
+            durable_interval_seconds=story.interval if life == "running" else None,
             locations=read_locations(self._run, step, now),
             damaged=self._follower.damaged,
             fault_count=len(faults),
@@ -196,9 +199,10 @@ def _lock(run: Path) -> tuple[str, bool]:
         return "", False
     try:
         words = os.pread(file, 4096, 0).decode(errors="replace").strip()
-        if not words:  # given back at the end; a look at the lock might then be in the way of a start
+        if not words:  # given back at the end
             return "", False
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        # Coordinators of one job hold it together: to know of them, nobody else may hold it for a moment.
+        fcntl.flock(file, (fcntl.LOCK_EX if words.startswith("job ") else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         return words, False
     except BlockingIOError:
         return words, True
@@ -219,12 +223,8 @@ def _config(run: Path) -> dict[str, Any]:
 
 def _durable(folder: Path) -> tuple[int, float] | None:
     step = layout.newest_step(folder)
-    if step is None:
-        return None
-    try:
-        return step, os.stat(layout.step_folder(folder, step) / layout.MANIFEST).st_mtime
-    except OSError:  # deleted just now, for a newer one
-        return None
+    made = None if step is None else layout.made_at(folder, step)
+    return None if step is None or made is None else (step, made)
 
 
 def _tier(found: tuple[int, float] | None, step: int, now: float) -> TierStatus | None:

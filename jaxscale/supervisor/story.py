@@ -98,6 +98,8 @@ class Story:
     """By epoch."""
     sealed: dict[str, tuple[int, float]] = field(default_factory=dict)
     """Tier -> (newest step that was sealed in it, when)."""
+    interval: float | None = None
+    """Seconds between durable steps, where the run chooses."""
     ended: str = ""
     """`done`, `stopped` or `failed`; empty while it runs."""
     last_at: float = 0.0
@@ -232,6 +234,10 @@ class Story:
 
     def _on_sealed(self, event: Mapping[str, Any]) -> list[str]:
         self.sealed[str(event["tier"])] = (int(event["step"]), time_of(event))
+        return []
+
+    def _on_interval(self, event: Mapping[str, Any]) -> list[str]:
+        self.interval = float(event["seconds"])
         return []
 
     def _on_alarm(self, event: Mapping[str, Any]) -> list[str]:

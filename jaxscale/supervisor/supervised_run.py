@@ -49,6 +49,7 @@ class SupervisedRun:
     ) -> None:
         import jax
 
+        from jaxscale.checkpoint.due import Apart
         from jaxscale.checkpoint.tier import DurableTier
         from jaxscale.supervisor.programs import StoredPrograms, program_identity
 
@@ -62,6 +63,8 @@ class SupervisedRun:
         self._being_persisted: Callable[[], int] = lambda: -1
         self._restored: int | None = None
         self._tier = DurableTier(directory.path, config, world, job.owner, directory.event, is_owner=False)
+        checkpoint = config.checkpoint
+        self._apart = Apart(world, checkpoint.apart, directory.event) if checkpoint.every == "auto" else None
         self._kept = ""
         """Tier that took the last state."""
         identity = program_identity(config, world.processes, jax.devices())
@@ -128,7 +131,7 @@ class SupervisedRun:
                 generations=job.generations,
                 verdicts=decided,
                 cadence=cadence,
-                also=config.checkpoint.every,
+                also=0 if config.checkpoint.every == "auto" else config.checkpoint.every,
                 kept=lambda: told().keep,
                 notify=self._mailbox.say,
             )
@@ -140,6 +143,7 @@ class SupervisedRun:
                 directory.checkpoints,
                 config.checkpoint.every,
                 config.checkpoint.keep,
+                apart=self._apart,
                 since=self._plain,
                 restored=self._restored,
                 refused=self._tier.refused,
@@ -217,6 +221,8 @@ class SupervisedRun:
             self._ahead.close()
         for tier in self._tiers:
             tier.close()
+        if self._apart is not None:
+            self._apart.close()
         if self._kept:
             self._mailbox.say("kept", {"tier": self._kept})
         for sink in self._sinks:

@@ -13,6 +13,7 @@ from jaxscale.supervisor import evidence as ev
 from jaxscale.supervisor.budget import Mark
 from jaxscale.supervisor.cadence import UNDECIDED, Costs
 from jaxscale.supervisor.commits import MemoryCommits
+from jaxscale.supervisor.durable_pace import DurablePace
 from jaxscale.supervisor.facts import Action, Epoch, Finish, Host, Judge, Note, Settings, Source, Tell, World
 from jaxscale.supervisor.limits import Pace
 from jaxscale.supervisor.orders import work_orders
@@ -53,6 +54,7 @@ class Transitions:
         self.costs, self.cadence = Costs(), UNDECIDED
         self.durable = settings.durable
         """The newest durable step."""
+        self.durable_pace = DurablePace(settings.durable_apart, settings.durable_age)
         self.actions: list[Action] = []
         self.drain_reason = ""
         self._fault_at = 0.0
@@ -240,6 +242,8 @@ class Transitions:
         self.number += 1
         self.lineage.append((self.number, step))
         replicas = min(self.settings.replicas, len(world.members) - 1)
+        if choice is None and self.lineage[:-1]:
+            self.durable_pace.failures += 1
         commits = MemoryCommits(world.members, replicas, step if choice else -1)
         persisting = self._persisting(world.members, step if choice is None else min(step, self.durable))
         self.epoch = Epoch(self.number, world, step, choice, world.members[0], commits, persisting)
@@ -248,7 +252,8 @@ class Transitions:
         self._tell(self.epoch.service, do="serve", epoch=self.number, processes=len(world.members))
 
     def _persisting(self, members: Sequence[str], done: int) -> Persisting:
-        return Persisting(tuple(members), self.settings.durable_every if self.settings.every != 0 else 0, done)
+        every = self.settings.durable_every if self.settings.every != 0 else 0
+        return Persisting(tuple(members), every, done, self.durable_pace)
 
     def _start_workers(self, epoch: Epoch) -> None:
         self._announce(epoch, True)

@@ -133,9 +133,12 @@ class History:
         come=True,
         every=10,
         durable_every=0,
+        **more,
     ):
+        """`more`: other settings."""
         self.judge = judge or ScriptedJudge(slices * per_slice)
-        self.now, self.settings = 100.0, Settings(steps, every, 2, replicas, durable_every, checkpoints="durable")
+        self.now = 100.0
+        self.settings = Settings(steps, every, 2, replicas, durable_every, checkpoints="durable", **more)
         self.storage = Storage()
         self.machine = Machine(self.settings, self.judge, self._source, epoch, self.now)
         names = [(f"host-{i}", i // per_slice) for i in range(slices * per_slice)]

@@ -5,9 +5,9 @@ from histories import History
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxscale.checkpoint.interval import AUTO
 from jaxscale.checkpoint.memory import MemorySnapshots
 from jaxscale.supervisor.cadence import (
-    AUTO,
     BLOCKED_SHARE,
     ENOUGH,
     FIRST_STEPS,

@@ -1,6 +1,7 @@
 """The persister as a process: what it answers, its low priority, and what is told when it dies or is given up."""
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -86,7 +87,14 @@ def kept(host, body):
             await one.keeper.close()
             assert process is None or living_stat_of(process.pid) is None
 
-    asyncio.run(run())
+    said, before = [], sys.unraisablehook
+    sys.unraisablehook = lambda what: said.append(str(what.exc_value))
+    try:
+        asyncio.run(run())
+        gc.collect()
+    finally:
+        sys.unraisablehook = before
+    assert said == [], "nothing is left for the end of the loop"
 
 
 def test_its_part_becomes_a_step(host, tmp_path):

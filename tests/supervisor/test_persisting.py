@@ -4,6 +4,7 @@ from histories import History, ScriptedJudge
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxscale.checkpoint.interval import allowed
 from jaxscale.supervisor.machine import NO_MEMORY
 from jaxscale.supervisor.persisting import LIMIT_SECONDS, Persisting
 
@@ -33,7 +34,7 @@ def test_a_step_is_due_when_a_multiple_of_the_cadence_is_passed():
     assert not one.begins(110, 1.0), "one at a time"
     assert one.has_room(53, 1.0)
     assert [one.written(name, 53, 2.0) for name in ("host-0", "host-0", "host-1")] == [False, False, True]
-    one.sealed(53)
+    one.sealed(53, 2.0)
     assert (one.phase, one.keep, one.done) == ("idle", -1, 53)
     assert not one.begins(99, 3.0)
     assert one.begins(100, 3.0)
@@ -90,7 +91,7 @@ def test_whatever_is_said_in_whatever_order(calls):
         if name == "again":  # what an agent says of the step under way
             name, given_ = "written", [*given_, one.step]
         if name == "sealed":
-            one.sealed(*given_)
+            one.sealed(*given_, now)
         elif getattr(one, name)(*given_, now):
             if name == "begins":
                 wrote = set()
@@ -217,3 +218,50 @@ def test_the_last_state_is_the_workers():
     assert history.finish is not None
     assert history.finish.code == 0
     assert not history.storage.asked
+
+
+# Where the run chooses: as far apart as is worth it
+
+
+def by_time(**more):
+    """Four hosts, a memory checkpoint each second, durable ones at most a minute apart."""
+    return running(durable_every="auto", durable_apart=60.0, **more)
+
+
+def test_durable_steps_are_seconds_apart_whatever_the_epoch():
+    history = by_time()
+    began = history.now
+    while not history.storage.sealed:
+        history.run(0.5)
+    assert 55 < history.now - began < 65
+    for _ in range(3):  # no epoch lasts as long as the interval
+        history.run(25)
+        history.kill_worker("host-1")
+        history.until_running()
+    assert len(history.storage.sealed) == 2
+    told = [note.fields for note in history.notes if note.kind == "interval"]
+    assert told == [{"tier": "durable", "seconds": 60.0}]
+
+
+def test_a_coordinator_that_begins_counts_from_the_newest_step_on_disk():
+    history = by_time(durable=30, durable_age=50.0)
+    began = history.now
+    while not history.storage.sealed:
+        history.run(0.5)
+    assert history.now - began < 15
+
+
+def test_a_newest_step_that_is_too_old_is_an_alarm_once():
+    history = by_time()
+    history.storage.fails = "no room"
+    history.run(allowed(60.0) - 10)
+    assert not [text for text in alarms(history) if "allowed" in text]
+    history.run(100)
+    late = [text for text in alarms(history) if "allowed" in text]
+    assert late == ["no durable step for 82 s; allowed are 82"]
+    history.storage.fails = ""
+    history.run(30)
+    assert history.storage.sealed
+    history.storage.fails = "no room again"
+    history.run(90)
+    assert len([text for text in alarms(history) if "allowed" in text]) == 2

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from told_lines import KILLED, START, began, event, fault, metrics, recovery, st
 from jaxscale.checkpoint import layout
 from jaxscale.cli import main
 from jaxscale.commands.status import QUIET_SECONDS, shown, status_lines
+from jaxscale.run_directory import RunDirectoryError, _Lock
 from jaxscale.supervisor import status as looks
 from jaxscale.supervisor.status import Watcher
 
@@ -69,6 +71,26 @@ def test_a_run_that_goes_on(held):
     [found] = status.faults
     assert (found.text, found.fault_class, found.step) == (KILLED, "recoverable", 21)
     assert (found.age_seconds, found.recovery_seconds) == (pytest.approx(2.0), pytest.approx(1.1))
+
+
+def test_a_coordinator_that_shares_its_lock_is_there(run):
+    """Those of one job do; a look must neither pass them by nor keep anybody out."""
+    lock = _Lock(run, "one")
+    assert look(run).life == "running"
+    assert look(run).holder.startswith("job one: pid")
+    second = _Lock(run, "one")
+    with pytest.raises(RunDirectoryError, match="in use"):
+        _Lock(run, "other")
+    second.free()
+    lock.free()
+    assert look(run).life == "gone"
+
+
+def test_a_start_waits_for_a_look(run):
+    with open(run / ".lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        threading.Timer(0.05, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
+        _Lock(run).free()
 
 
 def test_the_screen(held):
