@@ -21,15 +21,6 @@ from jaxscale.track import lines
 from jaxscale.train.protocols import Record
 
 
-def make_room(path: Path) -> None:
-    """Before hosts write: the step's folder is there, empty, and marked as being saved. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        layout.delete_step(path)
-    layout.begin(path)
-    path.mkdir()
-
-
 def finalise(
     path: Path,
     ranks: int,

@@ -16,8 +16,9 @@ import numpy as np
 import xxhash
 
 from jaxscale.checkpoint.boxes import lengths, volume
-from jaxscale.checkpoint.layout import STATE_ITEM, write_json
+from jaxscale.checkpoint.layout import STATE_ITEM
 from jaxscale.checkpoint.manifest import FileEntry, StoredShard
+from jaxscale.checkpoint.room import Room, room
 from jaxscale.checkpoint.slot import SlotError, read_slot
 from jaxscale.checkpoint.slot_file import CHUNK_BYTES, chunks, open_for_reading, read_into
 from jaxscale.checkpoint.slot_format import Shard, SlotTable
@@ -29,8 +30,8 @@ from jaxscale.track import lines
 def persist(slots: Iterable[Path], job: str, epoch: int, step: int, folder: Path) -> int:
     """Writes what one of the slots holds of a step below the step's `folder`, and says so in a file there.
 
-    Returns the bytes written; all of them are on the disk when it returns. Raises SlotError where no slot holds the
-    step, or it was written over meanwhile, and OSError.
+    The folder has to be there, made for this epoch (`room.make_room`). Returns the bytes written; they are on the disk
+    then. Raises SlotError where no slot holds the step, or it was written over meanwhile, and OSError.
     """
     reasons = []
     for path in slots:
@@ -40,34 +41,29 @@ def persist(slots: Iterable[Path], job: str, epoch: int, step: int, folder: Path
             reasons.append(str(error))
             continue
         if (table.epoch, table.step) == (epoch, step):
-            return _persist(path, table, folder)
+            with room(folder, epoch) as here:
+                return _persist(path, table, here)
         reasons.append(f"{path.name} holds step {table.step} of epoch {table.epoch}")
     raise SlotError(f"step {step} of epoch {epoch} is in no slot: {'; '.join(reasons) or 'there are none'}")
 
 
-def _persist(path: Path, table: SlotTable, folder: Path) -> int:
+def _persist(path: Path, table: SlotTable, folder: Room) -> int:
     shards: dict[str, tuple[StoredShard, ...]] = {}
     files = {}
     source = open_for_reading(path)
-    made: set[Path] = set()
     try:
         for shard in table.shards:
             if not volume(shard.box):
                 continue
             name = f"{STATE_ITEM}/{array_folder(shard.path)}/{chunk_file(shard.path, shard.box, lengths(shard.box))}"
-            target = folder / name
-            if target.parent not in made:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                made.add(target.parent)
-            _copy(source, path, shard, target)
+            _copy(source, path, shard, folder.create(name))
             stored = StoredShard(shard.box, shard.nbytes, shard.digest, name, 0)
             shards[shard.path] = (*shards.get(shard.path, ()), stored)
             files[name] = FileEntry(shard.nbytes, shard.digest)
     finally:
         os.close(source)
-    for parent in made:
-        _sync_folder(parent)
-    write_json(folder / process_file(table.rank), part_to_json(Part(shards, files)) | {"table": _said(table)})
+    folder.sync()
+    folder.say(process_file(table.rank), part_to_json(Part(shards, files)) | {"table": _said(table)})
     return sum(entry.nbytes for entry in files.values())
 
 
@@ -81,10 +77,10 @@ def _said(table: SlotTable) -> dict[str, Any]:
     }
 
 
-def _copy(source: int, path: Path, shard: Shard, target: Path) -> None:
+def _copy(source: int, path: Path, shard: Shard, file: int) -> None:
+    """Copies a shard of the slot at `path`, open as `source`, into a file, which is closed then."""
     buffer = np.empty(min(CHUNK_BYTES, shard.nbytes), np.uint8)
     digest = xxhash.xxh3_128()
-    file = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
         for start, stop in chunks(shard.offset, shard.offset + shard.nbytes):
             part = buffer[: stop - start]
@@ -96,15 +92,6 @@ def _copy(source: int, path: Path, shard: Shard, target: Path) -> None:
                 view = view[os.write(file, view) :]
         if digest.hexdigest() != shard.digest:
             raise SlotError(f"{path}: {shard.name} is damaged or was written over while it was read")
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def _sync_folder(path: Path) -> None:
-    """A file is on the disk for good when its name is."""
-    file = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
         os.fsync(file)
     finally:
         os.close(file)

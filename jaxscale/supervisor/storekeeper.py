@@ -15,11 +15,12 @@ from queue import SimpleQueue
 from threading import Thread
 
 from jaxscale.checkpoint import layout
-from jaxscale.checkpoint.finalise import finalise, make_room
+from jaxscale.checkpoint.finalise import finalise
 from jaxscale.checkpoint.locations import CopyFailed, Locations
 from jaxscale.checkpoint.manifest import DamagedCheckpoint
 from jaxscale.checkpoint.owner import RunOwned
 from jaxscale.checkpoint.patience import UNBROKEN, may_pass
+from jaxscale.checkpoint.room import make_room
 from jaxscale.retry import Retry
 from jaxscale.supervisor.facts import Store
 
@@ -126,7 +127,7 @@ class Storekeeper:
             if what.what == "room":
                 self._check()
                 self._sweep(what.step)
-                make_room(path)
+                make_room(path, what.epoch)
             else:
                 seal = partial(finalise, path, what.ranks, what.epoch, what.mesh, self._metrics, self._check)
                 size = Retry("durable tier", UNBROKEN, transient=may_pass).call(seal, seconds=SEAL_SECONDS)

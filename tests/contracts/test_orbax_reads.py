@@ -9,11 +9,12 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxscale import tree
 from jaxscale.checkpoint.boxes import box_of
-from jaxscale.checkpoint.finalise import finalise, make_room
+from jaxscale.checkpoint.finalise import finalise
 from jaxscale.checkpoint.layout import COMMIT_FILE, is_sealed
 from jaxscale.checkpoint.manifest import DamagedCheckpoint
 from jaxscale.checkpoint.persist import persist
 from jaxscale.checkpoint.restore import restore
+from jaxscale.checkpoint.room import make_room
 from jaxscale.checkpoint.slot import ArrayInfo, SlotError, SlotWriter
 from jaxscale.train.protocols import Record
 
@@ -82,7 +83,7 @@ def abstract(mesh):
 @pytest.fixture(name="step")
 def _step(tmp_path, mesh):
     path = tmp_path / "checkpoints" / "7"
-    make_room(path)
+    make_room(path, 2)
     for slot in slots(tmp_path, mesh, values()):
         persist([slot], "job", 2, 7, path)
     assert not is_sealed(path)
@@ -117,7 +118,7 @@ def test_stock_orbax_reads_it(step, mesh):
 def test_whoever_may_not_commit_makes_no_step(tmp_path, mesh):
     """`allowed` is asked once all is written but what makes it a step."""
     path = tmp_path / "checkpoints" / "7"
-    make_room(path)
+    make_room(path, 2)
     for slot in slots(tmp_path, mesh, values()):
         persist([slot], "job", 2, 7, path)
 
@@ -134,7 +135,7 @@ def test_whoever_may_not_commit_makes_no_step(tmp_path, mesh):
 
 def test_without_a_part_it_is_no_step(tmp_path, mesh):
     path = tmp_path / "checkpoints" / "7"
-    make_room(path)
+    make_room(path, 2)
     first, second = slots(tmp_path, mesh, values())
     persist([first], "job", 2, 7, path)
     with pytest.raises(DamagedCheckpoint, match=r"process-1.json is missing"):
@@ -152,6 +153,7 @@ def test_a_slot_that_is_written_over_is_found_out(tmp_path, mesh):
     data = bytearray(first.read_bytes())
     data[5000] ^= 1
     first.write_bytes(data)
+    make_room(tmp_path / "checkpoints" / "7", 2)
     with pytest.raises(SlotError, match="damaged or was written over"):
         persist([first], "job", 2, 7, tmp_path / "checkpoints" / "7")
     with pytest.raises(SlotError, match="step 8 of epoch 2 is in no slot: host-0 holds step 7 of epoch 2"):

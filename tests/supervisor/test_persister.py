@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxscale.checkpoint.finalise import finalise, make_room
+from jaxscale.checkpoint.finalise import finalise
 from jaxscale.checkpoint.layout import check_files
+from jaxscale.checkpoint.room import make_room
 from jaxscale.checkpoint.slot import ArrayInfo, SlotWriter
 from jaxscale.supervisor.inventory import OWN
 from jaxscale.supervisor.persister_keeper import PersisterKeeper
@@ -46,6 +47,12 @@ def _host(tmp_path):
     writer.seal(RECORD)
     writer.close()
     return folder
+
+
+def made(path):
+    """A folder of a step of epoch 2."""
+    make_room(path, 2)
+    return path
 
 
 class Kept:
@@ -99,12 +106,11 @@ def kept(host, body):
 
 def test_its_part_becomes_a_step(host, tmp_path):
     async def body(one):
-        make_room(tmp_path / "steps" / "7")
-        one.keeper.order(2, 7, tmp_path / "steps" / "7")
+        one.keeper.order(2, 7, made(tmp_path / "steps" / "7"))
         kind, fields = await one.word()
         assert (kind, fields["epoch"], fields["step"], fields["bytes"]) == ("persisted", 2, 7, VALUES.nbytes)
         first = one.pid
-        one.keeper.order(2, 7, tmp_path / "other" / "7")
+        one.keeper.order(2, 7, made(tmp_path / "other" / "7"))
         assert (await one.word())[0] == "persisted"
         assert one.pid == first, "the same process for the next order"
 
@@ -126,7 +132,7 @@ def test_what_it_cannot_write_it_says(host, tmp_path):
         kind, fields = await one.word()
         assert kind == "unpersisted"
         assert "Not a directory" in fields["reason"]
-        one.keeper.order(2, 7, tmp_path / "7")
+        one.keeper.order(2, 7, made(tmp_path / "7"))
         assert (await one.word())[0] == "persisted", "what failed leaves nothing behind"
 
     kept(host, body)
@@ -135,14 +141,14 @@ def test_what_it_cannot_write_it_says(host, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
 def test_its_death_is_said_and_the_next_order_gets_another(host, tmp_path, number):
     async def body(one):
-        first = await one.stopped_amid(tmp_path / "7")
+        first = await one.stopped_amid(made(tmp_path / "7"))
         assert await one.word(0.3) is None
         os.kill(first, number)
         os.kill(first, signal.SIGCONT)
         kind, fields = await one.word()
         assert (kind, fields["step"]) == ("unpersisted", 7)
         assert fields["reason"] == "the persister ended; see the log of the host"
-        one.keeper.order(2, 7, tmp_path / "7")
+        one.keeper.order(2, 7, made(tmp_path / "7"))
         assert (await one.word())[0] == "persisted"
         assert one.pid != first
 
@@ -151,12 +157,12 @@ def test_its_death_is_said_and_the_next_order_gets_another(host, tmp_path, numbe
 
 def test_what_is_given_up_is_ended_at_once_and_says_nothing(host, tmp_path):
     async def body(one):
-        first = await one.stopped_amid(tmp_path / "7")
+        first = await one.stopped_amid(made(tmp_path / "7"))
         await asyncio.sleep(0.1)
         one.keeper.stop()
         assert await one.word(0.5) is None
         assert living_stat_of(first) is None
-        one.keeper.order(2, 7, tmp_path / "again")
+        one.keeper.order(2, 7, made(tmp_path / "again"))
         assert (await one.word())[0] == "persisted"
 
     kept(host, body)
@@ -166,7 +172,7 @@ def test_it_works_behind_everything_else_and_ends_with_its_input(host, tmp_path)
     command = [sys.executable, "-m", "jaxscale.supervisor.persister"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
-        order = {"epoch": 2, "step": 7, "folder": str(host), "job": "job", "target": str(tmp_path / "7")}
+        order = {"epoch": 2, "step": 7, "folder": str(host), "job": "job", "target": str(made(tmp_path / "7"))}
         process.stdin.write(json.dumps(order) + "\n")
         process.stdin.flush()
         assert json.loads(process.stdout.readline())["bytes"] == VALUES.nbytes

@@ -168,7 +168,8 @@ def test_a_step_is_committed_by_the_owner_alone(tmp_path, told, monkeypatch):
 def test_a_closed_one_begins_nothing_more(tmp_path, told, monkeypatch):
     began, go = threading.Event(), threading.Event()
 
-    def make_room(_):
+    def make_room(_, epoch):
+        del epoch
         began.set()
         assert go.wait(30)
 
@@ -190,7 +191,7 @@ from pathlib import Path
 from jaxscale.supervisor import storekeeper
 from jaxscale.supervisor.facts import Store
 began = threading.Event()
-def make_room(path):
+def make_room(path, epoch):
     began.set()
     threading.Event().wait()
 storekeeper.make_room = make_room
