@@ -88,7 +88,8 @@ def quantise(
     """(values in eight bits, float32 scales without the contracted dims): x is about values times scales."""
     wide = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(wide), axis=contracted, keepdims=True)
-    scale = jnp.where(largest == 0, 1.0, largest / to.largest)
+    # At least a normal number: of a row of smaller ones the quotient would be none, and 0 / 0 not a number.
+    scale = jnp.maximum(largest / to.largest, jnp.finfo(jnp.float32).tiny)
     scaled = wide / scale
     if to is INT8:
         scaled = jnp.floor(scaled + chance(wide)) if stochastic else jnp.round(scaled)

@@ -15,7 +15,7 @@ from histories import History, ScriptedJudge, table_judge
 
 from jaxscale import cli
 from jaxscale.axes import AXES
-from jaxscale.config import Config, ModelConfig, RunConfig
+from jaxscale.config import CheckpointConfig, Config, ModelConfig, RunConfig
 from jaxscale.run_directory import open_run
 from jaxscale.supervisor import journal as journal_module
 from jaxscale.supervisor import witness as witness_module
@@ -128,7 +128,7 @@ def directory_at(path):
 def coordinator_at(listen, directory, **options):
     memory = SimpleNamespace(every=10, generations=2, replicas=1)
     made = CoordinatorOptions("job-1", new_token(), listen, "recipe.py", (), **options)
-    config = SimpleNamespace(steps=100, memory=memory, checkpoint=SimpleNamespace(every=0, keep=2))
+    config = SimpleNamespace(steps=100, memory=memory, checkpoint=CheckpointConfig(every=0, keep=2))
     return Coordinator(made, config, ScriptedJudge(1), directory)
 
 

@@ -12,6 +12,7 @@ from histories import ScriptedJudge
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxscale.config import CheckpointConfig
 from jaxscale.supervisor import rpc
 from jaxscale.supervisor.ballot import WITNESS, voter_name
 from jaxscale.supervisor.coordinator import Coordinator
@@ -296,7 +297,7 @@ class Directory:
 @contextlib.asynccontextmanager
 async def coordinating(tmp_path, is_elected=True):
     memory = SimpleNamespace(every=10, generations=2, replicas=1)
-    config = SimpleNamespace(steps=100, memory=memory, checkpoint=SimpleNamespace(every=0, keep=2))
+    config = SimpleNamespace(steps=100, memory=memory, checkpoint=CheckpointConfig(every=0, keep=2))
     directory = Directory(tmp_path)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
