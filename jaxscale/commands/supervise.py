@@ -152,6 +152,7 @@ def run_coordinator(args: Sequence[str], prog: str | None = None) -> int:
         elected_within=command.elected_within or float("inf"),
         tls=_tls(command),
         request=request,
+        hosts=command.slices * command.hosts_per_slice + command.spares,
     )
     try:
         check_free(command.listen)  # before anything is made or asked that would be in vain

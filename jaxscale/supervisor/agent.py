@@ -27,6 +27,7 @@ from jaxscale.supervisor.copier import Copier, Sealed
 from jaxscale.supervisor.copies import CopyStore
 from jaxscale.supervisor.departure import Departure
 from jaxscale.supervisor.estate import Estate, Heir, heir_of, read_estate
+from jaxscale.supervisor.farewell import ENDED
 from jaxscale.supervisor.host_folder import HostFolder
 from jaxscale.supervisor.inventory import COPIES, OWN, scan
 from jaxscale.supervisor.jobs import WorkerJob
@@ -47,6 +48,8 @@ STOP_SIGNALS = {"drain": signal.SIGINT, "handover": signal.SIGUSR2}
 """How a worker is told to save and end; SIGTERM is the cloud's, and means that the host is to end."""
 
 HEARTBEAT_SECONDS = 0.2
+LAST_WORD_SECONDS = 1.0
+"""How long the answer to it is waited for."""
 ALONE_SECONDS = 10.0
 """A worker that waits for others so long, on a host that no coordinator can reach, is on the side that is cut off."""
 
@@ -225,6 +228,9 @@ class Agent:
                     self._worker.send(STOP_SIGNALS[how])
             case "end":
                 self._exit_code = message["code"]
+                self._say(ENDED)  # else the coordinator would wait for this host, whose stream may only have broken
+                self._loop.call_later(LAST_WORD_SECONDS, self._over.set)
+            case "goodbye":
                 self._over.set()
             case unknown:
                 logger.warning("the coordinator says %r, which this version does not know", unknown)

@@ -30,6 +30,7 @@ from jaxscale.supervisor.admission import check_shape, read_hello
 from jaxscale.supervisor.ballot import WITNESS, Ballot, host_of
 from jaxscale.supervisor.coordinator_options import CoordinatorOptions
 from jaxscale.supervisor.facts import Action, Finish, Host, Hosts, Judge, Note, Start, Store, Tell
+from jaxscale.supervisor.farewell import FAREWELL_SECONDS, Farewell
 from jaxscale.supervisor.inventory import best_choice
 from jaxscale.supervisor.journal import Journal
 from jaxscale.supervisor.machine import Machine
@@ -48,10 +49,10 @@ BEAT_SECONDS = 0.5
 """Agents that hear nothing for some of these look for another coordinator."""
 ALARM_SECONDS = 3.0
 INVITED_SECONDS = 1.5
+COME_SECONDS = 10.0
+"""A host that has not come by then comes much later, or never."""
 AGAIN_SECONDS = 1.0
 """After which voters and hosts that did not answer are asked again."""
-FAREWELL_SECONDS = 5.0
-"""How long agents get to end before the coordinator leaves."""
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class Coordinator:
         self.machine = Machine(settings, judge, self._source, directory.epoch - 1, time.monotonic())
         self._began = time.monotonic()
         self._ballot: Ballot[Action] = Ballot(f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
-        self._journal, self._refusals = Journal(directory), Refusals()
+        self._journal, self._refusals, self._farewell = Journal(directory), Refusals(), Farewell()
         self._backlog: list[tuple[Callable[[], None], list[Exception]]] | None = []
         """What was heard before the election, and where errors of it go; None once it is won."""
         self._asked: dict[tuple[str, Term, int], float] = {}
@@ -119,7 +120,7 @@ class Coordinator:
                 ticking.result()
             assert self._finish is not None
             if self._finish.code != DEPOSED:
-                await self._farewell()
+                await self._farewell.wait(self._to_be_told, self._sends.keys())
                 self._witness.delete()
                 await self._copy_last()
         finally:
@@ -237,10 +238,11 @@ class Coordinator:
         with contextlib.suppress(rpc.Unreachable, Refused):
             await rpc.ask(address, self._options.token, question, AGAIN_SECONDS, self._options.tls)
 
-    async def _farewell(self) -> None:
-        deadline = time.monotonic() + FAREWELL_SECONDS
-        while self._sends and time.monotonic() < deadline:
-            await asyncio.sleep(TICK_SECONDS)
+    def _to_be_told(self, now: float) -> set[str]:
+        known = self.machine.to_be_told(now)
+        # All are started together: one that has not come yet would look for this coordinator, and wait, for ever.
+        to_come = self._options.hosts if now - self._began < COME_SECONDS else 0
+        return known | {f"host {number} of {to_come}" for number in range(len(self.machine.hosts), to_come)}
 
     async def _copy_last(self) -> None:
         said: list[str] = []
@@ -326,7 +328,7 @@ class Coordinator:
                     raise errors[0]
                 if "answer" in message:
                     self._answered(message)
-                else:
+                elif not self._farewell.heard(host.name, message, orders):
                     self._hear(functools.partial(self._tell, host.name, message), errors)
         finally:
             writing.cancel()

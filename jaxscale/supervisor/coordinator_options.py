@@ -31,6 +31,9 @@ class CoordinatorOptions:
     request: Request | None = None
     """The world that is asked for; agents that have no place in it are refused."""
 
+    hosts: int = 0
+    """How many are to come, spares too."""
+
     @property
     def owner(self) -> str:
         """What the run's owner is known by: the job, told from another cluster's of the same name."""

@@ -87,7 +87,8 @@ class Cluster:
                 os.close(self._lock)
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                # Who asked twice may ask a third time: all has ended by now, and the exit code is to say how.
+                signal.signal(number, signal.SIG_IGN if self._stop.reason else handler)
 
     def _run(self) -> int:
         token = self.folder / "token"

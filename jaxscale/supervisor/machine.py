@@ -279,7 +279,7 @@ class Machine(Transitions):
         if self.drain_reason or self._is_final():
             return
         self.drain_reason = reason
-        if self.epoch is None and any(host.work is not None for host in self.hosts.values()):
+        if self.epoch is None and (self._awaits(now) or any(host.work is not None for host in self.hosts.values())):
             return  # an epoch is under way and will be taken over in a moment
         if self.epoch is None or self.state is State.WAITING:
             self._stop(reason, now)

@@ -140,17 +140,23 @@ class Transitions:
             if host.is_usable(now):
                 self._judge.came(host.name, self.reached)  # given up, but there: while no world is, nobody else asks
         running = {name: host for name, host in self.hosts.items() if host.work is not None}
-        is_early = now - self._began < self.settings.adopt_seconds
         if self.epoch is None and running:
             self._adopt(running, now)
-        elif self.epoch is None and is_early and any(not self._is_back(name, now) for name in self._expected):
+        elif self.epoch is None and self._awaits(now):
             return
+        elif self.epoch is None and self.drain_reason:
+            self._stop(self.drain_reason, now)
         elif self.epoch is None and not self.lineage and (why := self._judge.refusal()):
             self._finish(REFUSED, why, now, State.ESCALATED)
         elif self._all_leave(now):
             self._stop("all hosts were told to end", now)
         elif now >= self._resume_at and self._judge.world(self.hosts, now - self._idle_since, now) is not None:
             self._enter(State.DECIDING, "enough hosts are there", now)
+
+    def _awaits(self, now: float) -> bool:
+        """Whether members of the world of an earlier coordinator may be about to come to this one."""
+        is_early = now - self._began < self.settings.adopt_seconds
+        return is_early and any(not self._is_back(name, now) for name in self._expected)
 
     def _is_back(self, name: str, now: float) -> bool:
         return name in self.hosts and self.hosts[name].is_usable(now)
@@ -314,6 +320,12 @@ class Transitions:
         else:
             kept = "; what was trained since the newest durable checkpoint, or else since step 0, is lost"
         self._finish(STOPPED, f"stopped ({why}){kept}", now)
+
+    def to_be_told(self, now: float) -> set[str]:
+        """Hosts that must hear of the end: who is there, may come again, or knew only an earlier coordinator."""
+        lease, is_early = self.settings.lease_seconds, now - self._began < 2 * self.settings.adopt_seconds
+        there = {name for name, host in self.hosts.items() if host.is_connected or now - host.heard < lease}
+        return there | ({name for name in self._agents if name not in self.hosts} if is_early else set())
 
     # Small things
 

@@ -194,6 +194,28 @@ def stubbed(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_a_signal_after_the_end_of_a_run_that_was_to_stop_does_not_change_its_exit_code(monkeypatch, is_asked):
+    """The interpreter takes some milliseconds to end, with the handlers that it finds."""
+    recipe = load_recipe(NANO)
+    cluster = Cluster(recipe, recipe.config, [], ClusterShape(1, 1, 1, 0, 0.0))
+
+    def stopped(_):
+        if is_asked:
+            signal.raise_signal(signal.SIGTERM)
+        return 75
+
+    monkeypatch.setattr(Cluster, "_run", stopped)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert cluster.run() == 75
+        for number, handler in before.items():
+            assert signal.getsignal(number) is (signal.SIG_IGN if is_asked else handler)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_an_agent_that_ends_by_an_exception_is_started_again(stubbed, capsys):
     code, starts = stubbed(
         """

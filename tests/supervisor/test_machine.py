@@ -1313,6 +1313,57 @@ def test_coordinators_that_die_one_after_the_other_leave_the_epoch_as_it_is():
     assert not later.orders("fence")
 
 
+def started_again(history):
+    """A coordinator that knows from its votes what was decided, and whom no agent has found yet."""
+    later = History(judge=table_judge(), come=False, epoch=history.machine.number)
+    later.machine.take_over(history.machine.to_json(), later.now)
+    for name, fake in history.hosts.items():
+        later.hosts[name] = dataclasses.replace(fake, there=False)
+    later.trained = history.trained
+    return later
+
+
+def test_a_stop_that_comes_before_the_agents_do_waits_for_them():
+    """Who ended the run at once would leave workers that train on for nobody."""
+    later = started_again(running().run(3))
+    later.drain()
+    assert later.run(Settings.adopt_seconds - 1).finish is None
+    assert later.machine.to_be_told(later.now) == set(FOUR)
+    for name in FOUR:
+        later.connect(name)
+    assert [host for host, _ in later.orders("drain")] == list(FOUR)
+    later.run(10)
+    assert later.finish.code == STOPPED
+    assert {host for host, _ in later.orders("end")} == set(FOUR)
+
+
+def test_but_not_for_ever():
+    later = started_again(running().run(3))
+    later.drain()
+    later.run(Settings.adopt_seconds + 1)
+    assert later.finish.code == STOPPED
+    assert "while no worker was running" in later.finish.text
+
+
+def test_nor_where_one_of_them_comes_and_no_world_can_be_formed_of_it():
+    later = started_again(running().run(3))
+    later.drain()
+    later.hosts["host-0"].worker = None
+    later.connect("host-0")
+    later.run(Settings.adopt_seconds + 1)
+    assert later.finish.code == STOPPED
+    assert [host for host, _ in later.orders("end")] == ["host-0"]
+
+
+def test_who_is_to_be_told_of_the_end():
+    history = running()
+    assert history.machine.to_be_told(history.now) == set(FOUR)
+    history.lose("host-1")
+    assert history.machine.to_be_told(history.now) == set(FOUR), "it may come again"
+    history.run(LEASE_SECONDS + 1)
+    assert history.machine.to_be_told(history.now) == set(FOUR) - {"host-1"}
+
+
 # Zygotes
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import socket
 import time
@@ -295,21 +296,24 @@ class Directory:
 
 
 @contextlib.asynccontextmanager
-async def coordinating(tmp_path, is_elected=True):
+async def coordinating(tmp_path, is_elected=True, hosts=0):
     memory = SimpleNamespace(every=10, generations=2, replicas=1)
     config = SimpleNamespace(steps=100, memory=memory, checkpoint=CheckpointConfig(every=0, keep=2))
     directory = Directory(tmp_path)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    options = CoordinatorOptions("job-1", TOKEN, address, "recipe.py", ("--steps", "3"))
+    options = CoordinatorOptions("job-1", TOKEN, address, "recipe.py", ("--steps", "3"), hosts=hosts)
     coordinator = Coordinator(options, config, ScriptedJudge(9), directory)
     running = asyncio.create_task(coordinator.run())
     try:
         await until(lambda: directory.kinds("elected" if is_elected else "coordinator_started") or running.done())
         yield coordinator, address, directory
-        assert not running.done()
+        assert coordinator._wants_end or not running.done()
     finally:
+        settings = coordinator.machine.settings
+        if not running.done():  # these agents say no last word, and are not waited for
+            coordinator.machine.settings = dataclasses.replace(settings, lease_seconds=0.0)
         if is_elected:
             coordinator.drain("the test is over")
         else:
@@ -462,6 +466,61 @@ def test_the_same_agent_may_connect_again_before_its_old_stream_is_known_to_be_d
             assert coordinator.machine.hosts["host-0"].is_connected
             coordinator.drain("enough")
             assert (await order(second))["do"] == "end"
+
+    run(work())
+
+
+def is_gone(tmp_path):
+    """Whether the coordinator has left: it takes its witness with it."""
+    return not (tmp_path / "witness-job-1.json").exists()
+
+
+def test_an_agent_whose_stream_breaks_as_the_run_ends_is_told_of_it_when_it_comes_again(tmp_path):
+    async def work():
+        async with coordinating(tmp_path) as (coordinator, address, _):
+            async with Session(address, TOKEN) as first:
+                first.send(hello())
+                await order(first)
+            await until(lambda: not coordinator._sends)
+            coordinator.drain("enough")
+            await asyncio.sleep(0.3)
+            assert not is_gone(tmp_path)
+            async with Session(address, TOKEN) as again:
+                again.send(hello())
+                assert [(await order(again))["do"] for _ in range(2)] == ["welcome", "end"]
+                again.send({"kind": "ended", "host": "host-0"})
+                assert (await order(again))["do"] == "goodbye"
+                assert not is_gone(tmp_path), "its stream is still there"
+            await until(lambda: is_gone(tmp_path))
+
+    run(work())
+
+
+def test_who_never_comes_again_is_not_waited_for_for_ever(tmp_path):
+    async def work():
+        async with coordinating(tmp_path) as (coordinator, address, _):
+            async with Session(address, TOKEN) as agent:
+                agent.send(hello())
+                await order(agent)
+            coordinator.drain("enough")
+            await until(lambda: is_gone(tmp_path))
+
+    run(work())
+
+
+def test_a_host_that_has_not_come_yet_is_told_of_the_end_too(tmp_path):
+    """Another host's agent may see within a tenth of a second that the recipe is no good."""
+
+    async def work():
+        async with coordinating(tmp_path, hosts=1) as (coordinator, address, _):
+            coordinator.drain("enough")
+            await asyncio.sleep(0.3)
+            assert not is_gone(tmp_path)
+            async with Session(address, TOKEN) as late:
+                late.send(hello())
+                assert [(await order(late))["do"] for _ in range(2)] == ["welcome", "end"]
+                late.send({"kind": "ended", "host": "host-0"})
+            await until(lambda: is_gone(tmp_path))
 
     run(work())
 
