@@ -31,6 +31,7 @@ commands:
   plan RECIPE.py --on MESH         what a run would need and do on machines that are not here
   bench collectives --on MESH      latency and bandwidth of each mesh axis, measured here
   status RUN [--watch] [--json]    how a run stands: world, step, faults, checkpoints
+  checkpoints list|verify RUN      what a run has saved, and whether it is whole
   generate RUN --prompt TEXT       continue a text with a trained run
 
 options:
@@ -170,6 +171,12 @@ def _status(arguments: Sequence[str], prog: str | None) -> int:
     return run_status(arguments, prog)
 
 
+def _checkpoints(arguments: Sequence[str], prog: str | None) -> int:
+    from jaxscale.commands.checkpoints import run_checkpoints
+
+    return run_checkpoints(arguments, prog)
+
+
 def _plan(arguments: Sequence[str], prog: str | None) -> int:
     from jaxscale.commands.plan import run_plan
 
@@ -198,5 +205,6 @@ COMMANDS: dict[str, Command] = {
     "chaos": _chaos,
     "coordinator": _coordinator,
     "agent": _agent,
+    "checkpoints": _checkpoints,
     "status": _status,
 }

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ MANIFEST = "manifest.json"
 SAVING = ".saving"
 PARTIAL = ".partial"
 STATE_ITEM = "state"
+RECORD = ("record.json", "config.json", "environment.json")
+"""Files that a record is made of."""
+MOST_DIGITS = 20
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -42,10 +46,16 @@ def step_folder(folder: Path, step: int) -> Path:
 def numbered(folder: Path) -> list[int]:
     """Every step that has a folder, finished or not, in growing order."""
     try:
-        names = os.listdir(folder)
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if is_step_name(entry.name) and entry.is_dir()]
     except FileNotFoundError:
         return []
-    return sorted(int(name) for name in names if name.isascii() and name.isdigit() and str(int(name)) == name)
+    return sorted(map(int, names))
+
+
+def is_step_name(name: str) -> bool:
+    """Whether a folder of this name is a step's."""
+    return name.isascii() and name.isdigit() and len(name) < MOST_DIGITS and str(int(name)) == name
 
 
 def list_steps(folder: Path) -> list[int]:
@@ -80,6 +90,11 @@ def is_finished(path: Path) -> bool:
 def is_sealed(path: Path) -> bool:
     """Whether both the commit file and the manifest are there."""
     return (path / COMMIT_FILE).is_file() and (path / MANIFEST).is_file()
+
+
+def is_marked(path: Path) -> bool:
+    """Whether a save of this step is under way, or was cut short by a kill."""
+    return _mark(path).exists()
 
 
 def expired(
@@ -130,6 +145,7 @@ def seal(path: Path, record: Record, arrays: Arrays, part: Part, mesh: Mapping[s
         "data": record.data,
         "mesh": mesh,
         "versions": environment.get("packages", {}),
+        "time": time.time(),
     }
     manifest = Manifest(record.step, files, arrays, part.shards, facts)
     write_json(path / MANIFEST, manifests.encode(manifest))
@@ -150,8 +166,12 @@ def read_manifest(path: Path) -> Manifest:
 
 def read_record(path: Path) -> Record:
     """The record of a step. Raises DamagedCheckpoint where it cannot be read."""
-    fields = _read_json(path / "record.json")
-    config, environment = _read_json(path / "config.json"), _read_json(path / "environment.json")
+    fields, config, environment = (_read_json(path / name) for name in RECORD)
+    return record_of(fields, config, environment, path)
+
+
+def record_of(fields: dict[str, Any], config: dict[str, Any], environment: dict[str, Any], path: Path) -> Record:
+    """The record that the files of RECORD hold; `path` is for messages. Raises DamagedCheckpoint."""
     try:
         fields |= {name: lines.unmark(fields[name]) for name in ("metrics_line", "best")}
         record = Record(**fields, config=config, environment=environment)
@@ -166,7 +186,7 @@ def check_files(path: Path) -> Manifest:
     """Checks that a step is sealed, that every file has its size, and that those without arrays have their digest.
 
     Returns its manifest. Files with arrays are verified by who reads them (`load_files.py`), or all at once
-    (`verify_step`). Raises DamagedCheckpoint and names the file.
+    (`verify.py`). Raises DamagedCheckpoint and names the file.
     """
     try:
         is_finished = (path / COMMIT_FILE).is_file()
@@ -198,11 +218,26 @@ def check_file(path: Path, entry: FileEntry) -> None:
 
 
 def delete_step(path: Path) -> None:
-    """Deletes a step so that a kill in between leaves nothing that looks like one."""
-    for name in (COMMIT_FILE, MANIFEST):
-        (path / name).unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
+    """Deletes a step so that a kill in between leaves nothing that looks like one. Raises OSError.
+
+    A link in its place goes, and what it leads to stays; a file goes.
+    """
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        uncommit(path)
+        shutil.rmtree(path, ignore_errors=True)
     _mark(path).unlink(missing_ok=True)
+
+
+def uncommit(path: Path) -> None:
+    """From now on the folder is no step; what it holds is litter. Nothing that a link leads to is touched."""
+    if path.is_dir() and not path.is_symlink():
+        if is_sealed(path):
+            with contextlib.suppress(OSError):  # so that what a kill leaves is litter, and no damaged step
+                begin(path)
+        for name in (COMMIT_FILE, MANIFEST):
+            (path / name).unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> list[str]:
@@ -223,7 +258,12 @@ def write_json(path: Path, value: Any) -> None:
 
     Only a kill leaves something beside it, `<name>.partial`, which the next one to write the file writes over.
     """
-    write_text(path, json.dumps(value, indent=1, default=dict, allow_nan=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """A JSON value as the files here hold it."""
+    return json.dumps(value, indent=1, default=dict, allow_nan=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -248,7 +288,7 @@ def _mark(path: Path) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path} cannot be read ({error})") from error
     if not isinstance(value, dict):
         raise DamagedCheckpoint(f"{path} holds a {type(value).__name__} where an object belongs")

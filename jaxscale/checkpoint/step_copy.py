@@ -38,7 +38,7 @@ def present(store: Store) -> list[int]:
 
 def is_complete(store: Store, step: int) -> bool:
     """Whether a copy came to its end."""
-    return set(LAST) <= set(store.names(_folder(step)))
+    return set(LAST) <= set(store.names(folder_of(step)))
 
 
 def steps_at(store: Store) -> list[int]:
@@ -48,7 +48,7 @@ def steps_at(store: Store) -> list[int]:
 
 def is_same(store: Store, path: Path, step: int) -> bool:
     """Whether a complete copy is one of this step, and not of the same number that an earlier start trained."""
-    return store.read(f"{_folder(step)}/{MANIFEST}") == (path / MANIFEST).read_bytes()
+    return store.read(f"{folder_of(step)}/{MANIFEST}") == (path / MANIFEST).read_bytes()
 
 
 class StepCopy:
@@ -56,7 +56,7 @@ class StepCopy:
 
     def __init__(self, store: Store, path: Path) -> None:
         self._store, self._path, self.step = store, path, int(path.name)
-        self._folder = _folder(self.step)
+        self._folder = folder_of(self.step)
         self._done: dict[str, int] = {}
         self._is_swept = False
 
@@ -117,7 +117,7 @@ def fetch_step(store: Store, step: int, folder: Path) -> int:
     """
     path = layout.step_folder(folder, step)
     fresh = path.with_name(path.name + FETCHING)
-    data, manifest = _read_manifest(store, step)
+    data, manifest = read_manifest(store, step)
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         for parent in {(fresh / name).parent for name in manifest.files}:
@@ -146,16 +146,16 @@ def sweep_fetches(folder: Path) -> None:
 def delete_step(store: Store, step: int) -> None:
     """Deletes a step so that a kill in between leaves nothing that looks like one."""
     order = {COMMIT_FILE: 0, MANIFEST: 1}
-    for name in sorted(store.files(_folder(step)), key=lambda name: (order.get(name, 2), name)):
-        store.delete(f"{_folder(step)}/{name}")
+    for name in sorted(store.files(folder_of(step)), key=lambda name: (order.get(name, 2), name)):
+        store.delete(f"{folder_of(step)}/{name}")
 
 
 def _fetch(store: Store, step: int, name: str, wanted: FileEntry, path: Path) -> None:
-    state, read, where = xxhash.xxh3_128(), 0, f"{store.address}/{_folder(step)}/{name}"
+    state, read, where = xxhash.xxh3_128(), 0, f"{store.address}/{folder_of(step)}/{name}"
     with open(path, "wb") as file:
         while read < wanted.nbytes:
             try:
-                chunk = store.read(f"{_folder(step)}/{name}", read, min(PART_BYTES, wanted.nbytes - read))
+                chunk = store.read(f"{folder_of(step)}/{name}", read, min(PART_BYTES, wanted.nbytes - read))
             except FileNotFoundError as error:
                 raise DamagedCheckpoint(f"{where} is missing") from error
             if not chunk:
@@ -175,19 +175,21 @@ def _check(where: str, found: FileEntry, wanted: FileEntry) -> None:
         raise DamagedCheckpoint(f"{where} is damaged: its digest does not fit")
 
 
-def _read_manifest(store: Store, step: int) -> tuple[bytes, Manifest]:
-    where = f"{store.address}/{_folder(step)}/{MANIFEST}"
+def read_manifest(store: Store, step: int) -> tuple[bytes, Manifest]:
+    """Of a step at a place. Raises DamagedCheckpoint, OSError."""
+    where = f"{store.address}/{folder_of(step)}/{MANIFEST}"
     try:
-        data = store.read(f"{_folder(step)}/{MANIFEST}")
+        data = store.read(f"{folder_of(step)}/{MANIFEST}")
         manifest = manifests.decode(json.loads(data), where)
     except FileNotFoundError as error:
         raise DamagedCheckpoint(f"{where} is missing") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{where} cannot be read ({error})") from error
     if manifest.step != step or COMMIT_FILE not in manifest.files:
         raise DamagedCheckpoint(f"{where} is the manifest of another step, or of one that was never finished")
     return data, manifest
 
 
-def _folder(step: int) -> str:
+def folder_of(step: int) -> str:
+    """Where a step lies at any place."""
     return f"{CHECKPOINTS}/{step}"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from jaxscale.commands.parse import UsageError, parse
+from jaxscale.commands.wording import age, count
 from jaxscale.terminal import is_live, visible
 from jaxscale.track import lines
 
@@ -101,7 +102,7 @@ def status_lines(status: RunStatus) -> list[str]:
         ("memory", _tier(status.memory, _no_memory(status))),
         ("durable", _tier(status.durable, "no checkpoint yet") + _interval(status.durable_interval_seconds)),
         *(("copy", _location(one)) for one in status.locations),
-        ("damaged", ", ".join(f"{_count(count, 'line')} of {name}" for name, count in status.damaged.items())),
+        ("damaged", ", ".join(f"{count(number, 'line')} of {name}" for name, number in status.damaged.items())),
         ("faults", f"{status.fault_count:,}; the last ones:" if status.fault_count else "none"),
     ]
     shown = [row for row in rows if row[1] and (status.is_supervised or row[0] not in ("memory", "faults"))]
@@ -110,11 +111,11 @@ def status_lines(status: RunStatus) -> list[str]:
 
 
 def _interval(seconds: float | None) -> str:
-    return "" if seconds is None else f"; one about every {_age(seconds)}"
+    return "" if seconds is None else f"; one about every {age(seconds)}"
 
 
 def _life(status: RunStatus) -> str:
-    quiet = f"; the last line is {_age(status.quiet_seconds)} old" if status.quiet_seconds is not None else ""
+    quiet = f"; the last line is {age(status.quiet_seconds)} old" if status.quiet_seconds is not None else ""
     match status.life:
         case "done":
             return "done: every step is trained and saved"
@@ -138,14 +139,14 @@ def _life(status: RunStatus) -> str:
 def _state(status: RunStatus) -> str:
     if not status.state:
         return ""
-    since = f" for {_age(status.state_seconds)}" if status.life in ("running", "starting") else ""
+    since = f" for {age(status.state_seconds)}" if status.life in ("running", "starting") else ""
     return f"{status.state}{since}: {status.reason}"
 
 
 def _world(status: RunStatus) -> str:
     if not status.hosts:
         return "no worker has begun"
-    hosts = f"epoch {status.epoch}: {_count(len(status.hosts), 'host')} ({', '.join(status.hosts)})"
+    hosts = f"epoch {status.epoch}: {count(len(status.hosts), 'host')} ({', '.join(status.hosts)})"
     if status.mesh is None:
         return hosts
     return f"{hosts}, {' x '.join(f'{axis} {size}' for axis, size in status.mesh.items()) or 'every axis 1'}"
@@ -159,7 +160,7 @@ def _step(status: RunStatus) -> str:
         parts.append(f"{status.steps_per_second:.3g} steps/s")
     if status.loss is not None:
         parts.append(f"loss {status.loss:.4f}")
-    return ", ".join([*parts, f"{_age(status.step_age_seconds)} ago"])
+    return ", ".join([*parts, f"{age(status.step_age_seconds)} ago"])
 
 
 def _no_memory(status: RunStatus) -> str:
@@ -169,18 +170,18 @@ def _no_memory(status: RunStatus) -> str:
 def _tier(tier: TierStatus | None, none: str) -> str:
     if tier is None:
         return none
-    return f"step {tier.step:,}, {_age(tier.age_seconds)} old, {_count(tier.behind, 'step')} behind"
+    return f"step {tier.step:,}, {age(tier.age_seconds)} old, {count(tier.behind, 'step')} behind"
 
 
 def _location(one: LocationStatus) -> str:
     """`s3://bucket/runs: step 40, 3.0 s old, 2 steps behind; FAILING for 12 s: S3Error: ...`"""
     words = "no step yet"
     if one.step is not None:
-        words = f"step {one.step:,}, {_age(one.age_seconds)} old, {_count(one.behind, 'step')} behind"
+        words = f"step {one.step:,}, {age(one.age_seconds)} old, {count(one.behind, 'step')} behind"
     if one.lost:
         return f"{one.address}: {words}; LOST: {one.reason}"
     if one.failing_seconds is not None:
-        return f"{one.address}: {words}; FAILING for {_age(one.failing_seconds)}: {one.reason}"
+        return f"{one.address}: {words}; FAILING for {age(one.failing_seconds)}: {one.reason}"
     return f"{one.address}: {words}"
 
 
@@ -190,20 +191,4 @@ def _fault(fault: FaultStatus) -> str:
         at = f" at step {fault.step:,}" if fault.step else ""
         back = f"back after {fault.recovery_seconds:.1f} s{at}"
     kind = f" ({fault.fault_class})" if fault.fault_class else ""
-    return f"    {_age(fault.age_seconds)} ago: {fault.text}{kind}: {back}"
-
-
-def _age(seconds: float | None) -> str:
-    """0.4 s, 75 s -> 1 min 15 s, days -> 3 d 2 h."""
-    seconds = seconds or 0.0
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    for size, unit, below, inner in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if whole >= size:
-            return f"{whole // size} {unit} {whole % size // below} {inner}"
-    return f"{whole} s"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' if number != 1 else ''}"
+    return f"    {age(fault.age_seconds)} ago: {fault.text}{kind}: {back}"

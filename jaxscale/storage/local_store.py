@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import secrets
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class LocalStore:
     def names(self, folder: str = "") -> list[str]:
         try:
             return sorted(name for name in os.listdir(self._folder / folder) if not _is_ours(name))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def files(self, folder: str = "") -> dict[str, int]:
@@ -39,8 +40,10 @@ class LocalStore:
         for place, _, names in os.walk(top, onerror=_unless_missing):
             for name in names:
                 path = Path(place, name)
-                if not _is_ours(name):
-                    found[path.relative_to(top).as_posix()] = path.stat().st_size
+                with contextlib.suppress(FileNotFoundError):  # deleted just now, or a link to nowhere
+                    found_stat = path.stat()
+                    if not _is_ours(name) and stat.S_ISREG(found_stat.st_mode):  # to read a pipe would block
+                        found[path.relative_to(top).as_posix()] = found_stat.st_size
         return found
 
     def size(self, name: str) -> int:

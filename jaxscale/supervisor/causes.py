@@ -74,6 +74,7 @@ CANNOT_START = frozenset(
         "StatusError",
         "RunDirectoryError",
         "StoreError",
+        "PlaceError",
         "RunOwned",
         "LocationsUnknown",
         "UsageError",

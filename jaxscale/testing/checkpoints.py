@@ -7,7 +7,7 @@ from pathlib import Path
 
 import xxhash
 
-from jaxscale.checkpoint.layout import MANIFEST
+from jaxscale.checkpoint.layout import MANIFEST, json_text
 from jaxscale.checkpoint.manifest import digest_of_value
 
 
@@ -17,7 +17,7 @@ def rewrite(step: Path, name: str, text: str) -> None:
     raw = json.loads((step / MANIFEST).read_bytes())
     del raw["digest"]
     raw["files"][name] = [len(text.encode()), xxhash.xxh3_128_hexdigest(text.encode())]
-    (step / MANIFEST).write_text(json.dumps(raw | {"digest": digest_of_value(raw)}))
+    (step / MANIFEST).write_text(json_text(raw | {"digest": digest_of_value(raw)}))
 
 
 def flip(path: Path, bit: int) -> None:
