@@ -204,6 +204,7 @@ class _PlainRun:
             self._config.checkpoint.every,
             self._config.checkpoint.keep,
             apart=self.apart,
+            milestones=self._config.checkpoint.milestones,
             restored=self._restored,
             refused=self.tier.refused,
             event=self.tier.event,

@@ -20,7 +20,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from jaxscale import tree
-from jaxscale.checkpoint import agree, layout, leftovers
+from jaxscale.checkpoint import agree, layout, leftovers, prune
 from jaxscale.checkpoint.compare import describe
 from jaxscale.checkpoint.due import Apart
 from jaxscale.checkpoint.held import HeldShard, digests, hold
@@ -29,6 +29,7 @@ from jaxscale.checkpoint.manifest import Arrays
 from jaxscale.checkpoint.owner import OwnershipLost
 from jaxscale.checkpoint.parts import all_parts, own_part
 from jaxscale.checkpoint.patience import STORAGE_SECONDS, UNBROKEN, Patience, may_pass
+from jaxscale.checkpoint.retention import Rules
 from jaxscale.retry import Retry
 from jaxscale.train.protocols import Record
 
@@ -59,7 +60,9 @@ def warm_up() -> threading.Thread:
 
 
 class DurableCheckpoints:
-    """Saves a state every `every` steps (0: only the last one), or as `apart` says, and keeps the `keep` newest.
+    """Saves a state every `every` steps (0: only the last one), or as `apart` says.
+
+    Keeps the `keep` newest and what `retention.py` adds.
 
     All processes of a world make one and call it at the same steps. `event` receives `sealed` and `alarm` lines;
     `before_seal` runs in the background on process 0 just before a step comes to exist (it makes metrics.jsonl
@@ -76,6 +79,7 @@ class DurableCheckpoints:
         keep: int,
         *,
         apart: Apart | None = None,
+        milestones: int = 0,
         since: Callable[[], int] = lambda: 0,
         restored: int | None = None,
         refused: Collection[int] = (),
@@ -85,7 +89,8 @@ class DurableCheckpoints:
     ) -> None:
         if (every == AUTO) != (apart is not None):
             raise ValueError(f"every is {every}: `apart` says when saves are due if that is auto, and only then")
-        self._folder, self._every, self._keep, self._apart = folder.absolute(), every, keep, apart
+        self._folder, self._every, self._apart = folder.absolute(), every, apart
+        self._rules = Rules(keep, milestones=milestones)
         self._since, self._answer = since, (-1, False)
         self._event: Event = event or (lambda *_, **__: None)
         self._before_seal = before_seal or (lambda: None)
@@ -217,9 +222,10 @@ class DurableCheckpoints:
         )
         if self._apart is not None:
             self._apart.saved(blocked, seconds)
-        present, sealed = layout.numbered(self._folder), layout.list_steps(self._folder)
-        for step in layout.expired(present, sealed, record.step, self._keep, self._refused):
-            self._delete(step)
+        try:
+            prune.expire(self._folder, self._rules, record.step, self._refused)
+        except OSError as error:  # the step is safe
+            logger.warning("old steps were not deleted from %s: %s", self._folder, error)
 
     def _settle(self, *, wait: bool) -> bool:
         """Notes how the save under way went, the same on every process; False if it still runs and `wait` is not set.

@@ -1,4 +1,4 @@
-"""What a checkpoint is on disk: which steps exist, which files each must have, which are old enough to delete.
+"""What a checkpoint is on disk: which steps exist, which files each must have.
 
 `checkpoints/<step>/` holds Orbax's own files (`state/` ..., `commit_success.txt` last) and beside them `record.json`,
 `config.json`, `environment.json` and, written after everything else, `manifest.json` (`manifest.py`) with size and
@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ COMMIT_FILE = "commit_success.txt"
 MANIFEST = "manifest.json"
 SAVING = ".saving"
 PARTIAL = ".partial"
+FETCHING = ".fetching"
 STATE_ITEM = "state"
 RECORD = ("record.json", "config.json", "environment.json")
 """Files that a record is made of."""
@@ -95,19 +96,6 @@ def is_sealed(path: Path) -> bool:
 def is_marked(path: Path) -> bool:
     """Whether a save of this step is under way, or was cut short by a kill."""
     return _mark(path).exists()
-
-
-def expired(
-    present: Sequence[int], sealed: Sequence[int], newest: int, keep: int, refused: Collection[int] = ()
-) -> list[int]:
-    """Steps to delete once `newest` is sealed: what is older than the `keep` newest sealed steps up to it. Pure.
-
-    `refused`: steps that restore could not read. They do not count, or they would push out those that can be read, and
-    the older ones of them go too: `newest` is what they were kept for. A step beyond `newest` is of an earlier start
-    that restore refused as well; it stays until training comes by.
-    """
-    kept = sorted(step for step in sealed if step <= newest and step not in refused)[-keep:]
-    return [step for step in sorted(present) if kept and (step < kept[0] or (step < newest and step in refused))]
 
 
 def begin(path: Path) -> None:
@@ -251,6 +239,17 @@ def sweep(folder: Path) -> list[str]:
     for mark in folder.glob("*" + SAVING):
         mark.unlink(missing_ok=True)
     return [path.name for path in left]
+
+
+def litter(folder: Path) -> list[str]:
+    """Names that only a kill can have left, where nobody saves: marks without a save, fetches that were cut short."""
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+    ours = [(name, name.partition(".")[0]) for name in names if name.endswith((SAVING, FETCHING))]
+    begun = {step for _, step in ours if (folder / step).is_dir() and not is_sealed(folder / step)}
+    return [name for name, step in ours if is_step_name(step) and not (name.endswith(SAVING) and step in begun)]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -116,9 +116,16 @@ def look(store: Store, step: int) -> StepStatus:
 
 def loss_of(store: Store, step: int) -> float | None:
     """Of the step's own evaluation, where it has one and it is finite."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        record = json.loads(store.read(f"{step_copy.folder_of(step)}/{layout.RECORD[0]}"))
-        found = versions.evaluation_of(lines.unmark(record["metrics_line"]))
+    try:
+        return loss_in(store.read(f"{step_copy.folder_of(step)}/{layout.RECORD[0]}"))
+    except OSError:
+        return None
+
+
+def loss_in(record: bytes) -> float | None:
+    """As `loss_of`, of the text of a record."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        found = versions.evaluation_of(lines.unmark(json.loads(record)["metrics_line"]))
         if found is not None and math.isfinite(found.loss):
             return found.loss
     return None

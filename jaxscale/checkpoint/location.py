@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxscale import retry
-from jaxscale.checkpoint import layout, step_copy
+from jaxscale.checkpoint import layout, listing, step_copy
 from jaxscale.checkpoint.layout import DamagedCheckpoint
 from jaxscale.checkpoint.owner import Owner, Ownership, OwnershipLost, RunOwned
 from jaxscale.checkpoint.patience import UNBROKEN
+from jaxscale.checkpoint.retention import Rules, Step, decide
 from jaxscale.storage.guarded import Bounds, GuardedStore
 from jaxscale.storage.store import Store
 
@@ -69,7 +70,7 @@ class Location:
         folder: Path,
         me: Owner,
         *,
-        keep: int,
+        rules: Rules,
         alarm_after: float,
         tell: Tell,
         changed: Callable[[], None],
@@ -79,10 +80,12 @@ class Location:
         self.store = GuardedStore(store, changed=self._on_breaker, retry=COPY_RETRY)
         self.owner = Ownership(GuardedStore(store, BEAT_BOUNDS, retry=UNBROKEN), me)
         self.state = LocationState(store.address)
-        self._folder, self._keep, self._alarm_after = folder, keep, alarm_after
+        self._folder, self._rules, self._alarm_after = folder, rules, alarm_after
         self._tell, self._changed, self._on_lost = tell, changed, lost
         self._generation = 0
         self._refused: set[int] = set()
+        self._losses: dict[int, float | None] = {}
+        """Of the evaluations of steps that are there."""
         self._copy: step_copy.StepCopy | None = None
         self._problems: dict[str, str] = {}
         """By thread: what is wrong for it."""
@@ -238,9 +241,20 @@ class Location:
             seconds=seconds,
             blocked_seconds=0.0,
         )
+        self._losses.pop(step, None)
+        self._expire(step)
+
+    def _expire(self, newest: int) -> None:
+        """Deletes there what is not kept any more. Versions and who reads what are known in the run directory."""
         complete = step_copy.steps_at(self.store)
-        for old in layout.expired(step_copy.present(self.store), complete, step, self._keep, self._refused):
-            step_copy.delete_step(self.store, old)
+        for step in complete:
+            if step not in self._losses:
+                self._losses[step] = listing.loss_of(self.store, step)
+        known = [Step(one, one in complete, loss=self._losses.get(one)) for one in step_copy.present(self.store)]
+        facts = listing.facts(self._folder, time.time(), refused=self._refused)
+        for step, because in decide(known, self._rules, facts, newest).items():
+            if not because:
+                step_copy.delete_step(self.store, step)
 
     def _is_newest(self, step: int, path: Path) -> None:
         try:

@@ -29,6 +29,7 @@ from jaxscale.checkpoint.layout import DamagedCheckpoint
 from jaxscale.checkpoint.location import Location, Tell
 from jaxscale.checkpoint.owner import Ownership, OwnershipLost, RunOwned, this_process
 from jaxscale.checkpoint.patience import UNBROKEN
+from jaxscale.checkpoint.retention import Rules
 from jaxscale.config import Config, ConfigError
 from jaxscale.storage.addresses import open_store
 from jaxscale.storage.guarded import Bounds, GuardedStore
@@ -84,7 +85,7 @@ class Locations:
                     store,
                     self._folder,
                     me,
-                    keep=config.checkpoint.keep,
+                    rules=Rules(config.checkpoint.keep, milestones=config.checkpoint.milestones),
                     alarm_after=config.checkpoint.alarm_after,
                     tell=self._say,
                     changed=self._write_states,

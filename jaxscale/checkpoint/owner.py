@@ -230,6 +230,13 @@ class Ownership:
             ) from error
 
 
+def living(store: Store) -> Owner | None:
+    """Whoever has a place and may be alive, on this machine or another one. Raises RunOwned, OSError."""
+    me = this_process("", "")
+    found = Ownership(store, me).look()
+    return found if found is not None and _seconds_to_wait(found, me, time.time()) else None
+
+
 def check_job(store: Store, job: str) -> None:
     """For who belongs to a job and is not its owner: raises OwnershipLost where the place is another job's; OSError."""
     try:

@@ -6,6 +6,7 @@ one tried; checkpoints that are there but cannot be read are an error, never a f
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,7 +17,7 @@ import jax
 
 from jaxscale import config as config_library
 from jaxscale import environment as environment_library
-from jaxscale.checkpoint import agree, layout
+from jaxscale.checkpoint import agree, holds, layout
 from jaxscale.checkpoint.by_slice import as_stored
 from jaxscale.checkpoint.compare import StateMismatch, describe, differences
 from jaxscale.checkpoint.layout import list_steps, newest_step
@@ -55,7 +56,8 @@ def restore(
     """
     path = layout.step_folder(folder.absolute(), step)
     patience = patience or Patience(f"reading {path}")
-    return patience.call(lambda: _restore(path, abstract_state), DamagedCheckpoint)
+    with _held(folder, step, "a start"):
+        return patience.call(lambda: _restore(path, abstract_state), DamagedCheckpoint)
 
 
 def _restore(path: Path, abstract_state: Mapping[str, Any]) -> tuple[dict[str, Any], Record]:
@@ -120,7 +122,8 @@ def restore_params(
     """
     path = layout.step_folder(folder.absolute(), step)
     read = partial(_restore_params, path, abstract_params, average)
-    return Patience(f"reading {path}").call(read, DamagedCheckpoint)
+    with _held(folder, step, "whoever loads its weights"):
+        return Patience(f"reading {path}").call(read, DamagedCheckpoint)
 
 
 def _restore_params(path: Path, abstract_params: Mapping[str, Any], average: bool) -> dict[str, Any]:
@@ -180,6 +183,11 @@ def _load(path: Path, manifest: Manifest, abstract: Mapping[str, Any]) -> dict[s
     if not agree.everywhere(error is None):
         raise error or DamagedCheckpoint(f"{path} cannot be read: another process could not read its part; see its log")
     return state
+
+
+def _held(folder: Path, step: int, who: str) -> contextlib.AbstractContextManager[None]:
+    """Nobody deletes the step meanwhile. Process 0 holds it: it is done when all are, as they agree at the end."""
+    return holds.reading(folder if jax.process_index() == 0 else None, step, who)
 
 
 def _raise_together[Value](check: Callable[[], Value]) -> Value:

@@ -19,13 +19,12 @@ import xxhash
 
 from jaxscale.checkpoint import layout
 from jaxscale.checkpoint import manifest as manifests
-from jaxscale.checkpoint.layout import COMMIT_FILE, MANIFEST
+from jaxscale.checkpoint.layout import COMMIT_FILE, FETCHING, MANIFEST
 from jaxscale.checkpoint.manifest import DamagedCheckpoint, FileEntry, Manifest
 from jaxscale.storage.store import PART_BYTES, Store
 
 CHECKPOINTS = "checkpoints"
 LAST = (MANIFEST, COMMIT_FILE)
-FETCHING = ".fetching"
 FETCHERS = 8
 """Files that are fetched at once."""
 

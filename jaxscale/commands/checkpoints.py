@@ -30,6 +30,7 @@ usage: jaxscale checkpoints COMMAND RUN ...
 
   list RUN                what there is, its state, why it is kept, and where else
   verify RUN              read everything and compare it with its digests
+  prune RUN --dry-run     delete what is not kept; with --dry-run, say what that would be
 
 RUN is a run directory, or an address that a run copies its steps to (a folder, s3://bucket/prefix).
 `jaxscale checkpoints COMMAND --help` explains a command.
@@ -233,4 +234,10 @@ def _verdict(one: StepStatus, damage: Sequence[Damage], nbytes: int) -> list[str
     return [f"step {one.step}: whole, {size(nbytes)} read"]
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"list": run_list, "verify": run_verify}
+def _prune(args: Sequence[str]) -> int:
+    from jaxscale.commands.prune import run_prune
+
+    return run_prune(args)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"list": run_list, "verify": run_verify, "prune": _prune}

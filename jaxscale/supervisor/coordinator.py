@@ -23,6 +23,7 @@ from jaxscale.checkpoint import layout
 from jaxscale.checkpoint.cover import Damaged
 from jaxscale.checkpoint.locations import Locations
 from jaxscale.checkpoint.patience import STORAGE_SECONDS
+from jaxscale.checkpoint.retention import Rules
 from jaxscale.config import Config
 from jaxscale.run_directory import RunDirectory
 from jaxscale.supervisor import rpc
@@ -82,8 +83,8 @@ class Coordinator:
         """When a voter was asked for a promise (-1) or a decision."""
         self._invited = self._beaten = 0.0
         self._unanswered_since, self._is_told, self._wants_end = self._began, False, False
-        keep = config.checkpoint.keep
-        self._store = Storekeeper(directory.checkpoints, directory.metrics, keep, self._stored, locations)
+        rules = Rules(config.checkpoint.keep, milestones=config.checkpoint.milestones)
+        self._store = Storekeeper(directory.checkpoints, directory.metrics, rules, self._stored, locations)
         if locations is not None:
             locations.event, locations.lost = self._journal.post, self._lost
         self._tasks: set[asyncio.Task[None]] = set()

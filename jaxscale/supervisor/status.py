@@ -127,7 +127,7 @@ class Watcher:
         """`now`: seconds since 1970. Raises OSError where the files cannot be read."""
         self._read()
         story, config = self._story, _config(self._run)
-        holder, is_held = _lock(self._run)
+        holder, is_held = lock_of(self._run)
         step = int(story.line.get("step", 0))
         life = _life(story, is_held)
         faults = story.faults()
@@ -191,7 +191,7 @@ def _life(story: Story, is_held: bool) -> Life:
     return "running" if story.line or story.state else "starting"
 
 
-def _lock(run: Path) -> tuple[str, bool]:
+def lock_of(run: Path) -> tuple[str, bool]:
     """The words in the lock file, and whether a process holds it."""
     try:
         file = os.open(run / LOCK, os.O_RDONLY | os.O_CLOEXEC)

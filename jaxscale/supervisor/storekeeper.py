@@ -14,12 +14,13 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 
-from jaxscale.checkpoint import layout
+from jaxscale.checkpoint import layout, prune
 from jaxscale.checkpoint.finalise import finalise
 from jaxscale.checkpoint.locations import CopyFailed, Locations
 from jaxscale.checkpoint.manifest import DamagedCheckpoint
 from jaxscale.checkpoint.owner import RunOwned
 from jaxscale.checkpoint.patience import UNBROKEN, may_pass
+from jaxscale.checkpoint.retention import Rules
 from jaxscale.checkpoint.room import make_room
 from jaxscale.retry import Retry
 from jaxscale.supervisor.facts import Store
@@ -37,13 +38,13 @@ class Storekeeper:
     """Of one coordinator: one thing at a time, in order."""
 
     def __init__(
-        self, checkpoints: Path, metrics: Path, keep: int, told: Told, locations: Locations | None = None
+        self, checkpoints: Path, metrics: Path, rules: Rules, told: Told, locations: Locations | None = None
     ) -> None:
-        """`keep`: newest steps that stay when another one is sealed. Touches nothing before `begin`.
+        """`rules`: which steps stay when another one is sealed. Touches nothing before `begin`.
 
         `locations`: where further copies go and whose the run is; None where the run belongs to nobody, as in tests.
         """
-        self._checkpoints, self._metrics, self._keep, self._told = checkpoints, metrics, keep, told
+        self._checkpoints, self._metrics, self._rules, self._told = checkpoints, metrics, rules, told
         self._locations, self._is_owner = locations, locations is None
         self._asked: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._is_closed = False
@@ -149,9 +150,7 @@ class Storekeeper:
                 layout.delete_step(path)
 
     def _expire(self, newest: int) -> None:
-        present, sealed = layout.numbered(self._checkpoints), layout.list_steps(self._checkpoints)
-        for step in layout.expired(present, sealed, newest, self._keep):
-            try:
-                layout.delete_step(layout.step_folder(self._checkpoints, step))
-            except OSError as error:
-                logger.warning("step %d could not be deleted: %s", step, error)
+        try:
+            prune.expire(self._checkpoints, self._rules, newest)
+        except OSError as error:
+            logger.warning("old steps were not deleted from %s: %s", self._checkpoints, error)

@@ -144,6 +144,7 @@ class SupervisedRun:
                 config.checkpoint.every,
                 config.checkpoint.keep,
                 apart=self._apart,
+                milestones=config.checkpoint.milestones,
                 since=self._plain,
                 restored=self._restored,
                 refused=self._tier.refused,

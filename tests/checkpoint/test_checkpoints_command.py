@@ -16,6 +16,7 @@ from kept_runs import LOSSES, STEPS, checkpoints, said
 
 from jaxscale.checkpoint import layout
 from jaxscale.checkpoint.listing import look
+from jaxscale.checkpoint.manifest import digest_of_value
 from jaxscale.checkpoint.place import open_place
 from jaxscale.checkpoint.step_copy import StepCopy
 from jaxscale.checkpoint.verify import verify_step
@@ -259,12 +260,26 @@ def test_a_manifest_that_lies_is_found(run):
     assert "not the bytes" in damage(run, 20)[0], "the same value"
 
 
+@pytest.mark.parametrize("lie", ["no shard", "other bytes"])
+def test_a_manifest_whose_shards_lie_is_found(run, lie):
+    path = run / "checkpoints" / "30" / layout.MANIFEST
+    value = json.loads(path.read_text())
+    del value["digest"]
+    shards = value["arrays"]["params/layers/mlp"]["shards"]
+    if lie == "no shard":
+        del shards[3]
+    else:
+        shards[3][2] = "0" * 32
+    path.write_text(layout.json_text(value | {"digest": digest_of_value(value)}))
+    (found,) = verify_step(LocalStore(run), 30)
+    assert "params/layers/mlp [0:3, " in found.shard
+    assert ("names no file that holds" if lie == "no shard" else "is whole, and not the bytes") in found.reason
+
+
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_manifest_makes_it_fail(run, data):
     """Garbage, and manifests with one value replaced and their digest made anew."""
-    from jaxscale.checkpoint.manifest import digest_of_value
-
     path = run / "checkpoints" / "30" / layout.MANIFEST
     kept = path.read_bytes()
     anything = st.recursive(

@@ -109,20 +109,6 @@ def test_the_newest_are_kept(tmp_path, mesh):
     assert newest_step(tmp_path) == 5
 
 
-def test_what_expires():
-    assert layout.expired([1, 2, 3], [1, 2, 3], newest=3, keep=2) == [1]
-    assert layout.expired([1, 2, 3], [1, 3], newest=3, keep=2) == []
-    assert layout.expired([1, 2, 3, 9], [1, 2, 3, 9], newest=3, keep=1) == [1, 2], "9 was refused: it pushes nobody out"
-    assert layout.expired([1, 2], [], newest=2, keep=1) == [], "without a good step nothing is deleted"
-
-
-def test_refused_steps_do_not_count_and_go():
-    kept = layout.expired([2, 4, 6], [2, 4, 6], newest=6, keep=2, refused=[4])
-    assert kept == [4], "2 is the second newest that can be read"
-    assert layout.expired([2, 4, 5, 6], [2, 4, 5, 6], newest=5, keep=2, refused=[6]) == [2], "6 may come again"
-    assert layout.expired([2, 4, 6, 7], [2, 4, 6, 7], newest=7, keep=3, refused=[6]) == [6]
-
-
 def test_a_refused_step_makes_room_for_good_ones(tmp_path, mesh):
     save(tmp_path, mesh, [2, 4, 6])
     checkpoints = DurableCheckpoints(tmp_path, every=1, keep=3, restored=4, refused={6})

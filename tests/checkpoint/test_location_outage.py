@@ -39,7 +39,7 @@ def _run(tmp_path):
 
 
 def locations_at(run, *addresses, heard=None, lost=lambda _: None):
-    checkpoint = SimpleNamespace(locations=tuple(map(str, addresses)), keep=2, alarm_after=900.0)
+    checkpoint = SimpleNamespace(locations=tuple(map(str, addresses)), keep=2, milestones=0, alarm_after=900.0)
     config = SimpleNamespace(name="lm", checkpoint=checkpoint)
     told = [] if heard is None else heard
     made = Locations(run, config, "job", lambda kind, **fields: told.append((time.monotonic(), kind, fields)), lost)

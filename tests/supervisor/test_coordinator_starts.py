@@ -128,7 +128,7 @@ def directory_at(path):
 def coordinator_at(listen, directory, **options):
     memory = SimpleNamespace(every=10, generations=2, replicas=1)
     made = CoordinatorOptions("job-1", new_token(), listen, "recipe.py", (), **options)
-    config = SimpleNamespace(steps=100, memory=memory, checkpoint=CheckpointConfig(every=0, keep=2))
+    config = SimpleNamespace(steps=100, memory=memory, checkpoint=CheckpointConfig(every=0, keep=2, milestones=0))
     return Coordinator(made, config, ScriptedJudge(1), directory)
 
 

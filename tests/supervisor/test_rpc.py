@@ -298,7 +298,7 @@ class Directory:
 @contextlib.asynccontextmanager
 async def coordinating(tmp_path, is_elected=True, hosts=0):
     memory = SimpleNamespace(every=10, generations=2, replicas=1)
-    config = SimpleNamespace(steps=100, memory=memory, checkpoint=CheckpointConfig(every=0, keep=2))
+    config = SimpleNamespace(steps=100, memory=memory, checkpoint=CheckpointConfig(every=0, keep=2, milestones=0))
     directory = Directory(tmp_path)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -13,6 +13,7 @@ from jaxscale.checkpoint import layout
 from jaxscale.checkpoint.locations import Locations
 from jaxscale.checkpoint.manifest import DamagedCheckpoint
 from jaxscale.checkpoint.owner import OWNER
+from jaxscale.checkpoint.retention import Rules
 from jaxscale.supervisor import storekeeper
 from jaxscale.supervisor.facts import Store
 from jaxscale.supervisor.storekeeper import Storekeeper
@@ -61,7 +62,7 @@ def _sealed(monkeypatch):
 
 
 def keeper(tmp_path, told, keep=2):
-    return Storekeeper(tmp_path / "checkpoints", tmp_path / "metrics.jsonl", keep, told)
+    return Storekeeper(tmp_path / "checkpoints", tmp_path / "metrics.jsonl", Rules(keep), told)
 
 
 def test_nothing_is_touched_before_it_is_asked(tmp_path, told):
