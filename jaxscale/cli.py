@@ -31,7 +31,7 @@ commands:
   plan RECIPE.py --on MESH         what a run would need and do on machines that are not here
   bench collectives --on MESH      latency and bandwidth of each mesh axis, measured here
   status RUN [--watch] [--json]    how a run stands: world, step, faults, checkpoints
-  checkpoints list|verify|prune RUN   what a run has saved, whether it is whole; deletes what is not kept
+  checkpoints COMMAND RUN          list, verify and prune what a run has saved; tag and promote versions
   generate RUN --prompt TEXT       continue a text with a trained run
 
 options:

@@ -15,6 +15,7 @@ Read next: `location.py`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -30,6 +31,7 @@ from jaxscale.checkpoint.location import Location, Tell
 from jaxscale.checkpoint.owner import Ownership, OwnershipLost, RunOwned, this_process
 from jaxscale.checkpoint.patience import UNBROKEN
 from jaxscale.checkpoint.retention import Rules
+from jaxscale.checkpoint.versions import VERSIONS
 from jaxscale.config import Config, ConfigError
 from jaxscale.storage.addresses import open_store
 from jaxscale.storage.guarded import Bounds, GuardedStore
@@ -293,6 +295,9 @@ class Locations:
             layout.write_json(self._run / CONFIG, config)
         self._folder.mkdir(parents=True, exist_ok=True)
         step_copy.sweep_fetches(self._folder)
+        if not (self._folder / VERSIONS).exists():
+            with contextlib.suppress(FileNotFoundError):
+                layout.write_text(self._folder / VERSIONS, location.store.read(f"checkpoints/{VERSIONS}").decode())
 
     def _cannot(self, location: Location, error: Exception) -> None:
         address = location.state.address

@@ -1,17 +1,16 @@
 """Versions: names for steps that stay what they are, each candidate, canary, production or retired.
 
-`checkpoints/versions.jsonl` is a journal that only grows: a line tags a step, moves versions from state to state, or
-adds an evaluation. What counts is folded from it, so that the history of what ran when is never lost. A version's step
+`checkpoints/versions.jsonl` is a journal that only grows: a line tags a step, or moves versions from state to state.
+What counts is folded from it, so that the history of what ran when is never lost. A version's step
 is kept for ever; its manifest's digest is in the journal, so that another save of the same step is not taken for it.
 Read next: `promotion.py`, which says what may move where.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -50,8 +49,6 @@ class Version:
     state: State = "candidate"
     evaluation: Evaluation | None = None
     lineage: Mapping[str, Any] = field(default_factory=dict)
-    published: str = ""
-    """Folder with the weights alone, once they were written and tested."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ def fold(journal: Iterable[Mapping[str, Any]]) -> Registry:
     for line in journal:
         try:
             registry = _after(registry, line)
-        except (KeyError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
             continue
     return registry
 
@@ -107,12 +104,6 @@ def _after(registry: Registry, line: Mapping[str, Any]) -> Registry:
                     served = [one for one in served if one != name] + [name]
             if line["back"]:
                 served.pop()
-        case "evaluated":
-            name = line["name"]
-            versions[name] = replace(versions[name], evaluation=_evaluation(line["evaluation"]))
-        case "published":
-            name = line["name"]
-            versions[name] = replace(versions[name], published=str(line["path"]))
     return Registry(versions, tuple(served))
 
 
@@ -121,7 +112,19 @@ def read(folder: Path) -> Registry:
     return fold(reversed(list(backwards(folder / VERSIONS))))
 
 
-def write(folder: Path, kind: str, **fields: Any) -> None:
+def change(folder: Path, decide: Callable[[Registry], list[tuple[str, State]]], **fields: Any) -> Registry:
+    """Moves versions as `decide` says of the present ones, while nobody else moves any. Raises what it raises, OSError.
+
+    `fields` go into the journal's line: `back`, whether this is a rollback; the margin; ...
+    """
+    with locked(folder):
+        moves = decide(read(folder))
+        if moves:
+            _write(folder, "moved", **{"back": False, **fields, "moves": moves})
+        return read(folder)
+
+
+def _write(folder: Path, kind: str, **fields: Any) -> None:
     """Adds a line; it is on the disk when this returns. Raises OSError."""
     appender = Appender(folder / VERSIONS)
     try:
@@ -142,7 +145,7 @@ def tag(folder: Path, version: Version) -> Version:
             what = f"step {known.step}" if known.step != version.step else "another save of that step"
             raise ConfigError(f"version {version.name!r} is {what} and stays that; give the new one another name")
         evaluation = version.evaluation
-        write(
+        _write(
             folder,
             "tagged",
             name=version.name,
@@ -178,12 +181,3 @@ def check_name(name: str) -> str:
             f"{name!r} cannot name a version; use letters, digits, '.', '_' and '-', at most 100, not digits alone"
         )
     return name
-
-
-def sync(path: Path) -> None:
-    """A folder's names are on the disk when this returns."""
-    file = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

@@ -31,6 +31,12 @@ usage: jaxscale checkpoints COMMAND RUN ...
   list RUN                what there is, its state, why it is kept, and where else
   verify RUN              read everything and compare it with its digests
   prune RUN --dry-run     delete what is not kept; with --dry-run, say what that would be
+  tag RUN STEP NAME       give a step a name for good: a version, candidate at first
+  versions RUN            the versions, their states and evaluations
+  promote RUN NAME        candidate -> canary -> production, where its evaluation is good enough
+  rollback RUN            put back what was in production before
+  retire RUN NAME         take a version out of the way
+  card RUN NAME           its model card: evaluation and lineage, in Markdown
 
 RUN is a run directory, or an address that a run copies its steps to (a folder, s3://bucket/prefix).
 `jaxscale checkpoints COMMAND --help` explains a command.
@@ -39,6 +45,7 @@ examples:
   jaxscale checkpoints list runs/mine
   jaxscale checkpoints verify runs/mine --step 400
   jaxscale checkpoints verify s3://bucket/runs/mine
+  jaxscale checkpoints tag runs/mine 400 v1
 """
 
 LIST_EXAMPLES = """\
@@ -240,4 +247,19 @@ def _prune(args: Sequence[str]) -> int:
     return run_prune(args)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"list": run_list, "verify": run_verify, "prune": _prune}
+def _of_versions(name: str) -> Callable[[Sequence[str]], int]:
+    def run(args: Sequence[str]) -> int:
+        from jaxscale.commands import versions
+
+        command: Callable[[Sequence[str]], int] = getattr(versions, f"run_{name}")
+        return command(args)
+
+    return run
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "list": run_list,
+    "verify": run_verify,
+    "prune": _prune,
+    **{name: _of_versions(name) for name in ("tag", "versions", "promote", "retire", "rollback", "card")},
+}

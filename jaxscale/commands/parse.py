@@ -135,6 +135,9 @@ def _registry() -> ConstructorRegistry:
         _word(int, "INT", int, "a whole number"),
         _word(float, "FLOAT", _finite, "a number"),
         _word(int | None, "INT", lambda text: None if text.lower() == "none" else int(text), "a whole number or none"),
+        _word(
+            float | None, "FLOAT", lambda text: None if text.lower() == "none" else _finite(text), "a number or none"
+        ),
         _word(SourceConfig, "PATH[:WEIGHT]", parse_source, "", show=_show_source),
         _word(PhaseConfig, "START:KEY=VALUE,...", parse_phase, "", show=_show_phase),
     ):

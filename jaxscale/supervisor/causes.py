@@ -75,6 +75,7 @@ CANNOT_START = frozenset(
         "RunDirectoryError",
         "StoreError",
         "PlaceError",
+        "PromotionRefused",
         "RunOwned",
         "LocationsUnknown",
         "UsageError",
