@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -40,23 +41,27 @@ def moved(moves, back=False):
     return {"kind": "moved", "moves": moves, "back": back}
 
 
+LOSS = st.none() | st.sampled_from([1.0, 1.1, 1.2, 1.5])
+TAGS = st.tuples(*(st.tuples(st.just("tag"), st.just(name), st.integers(1, 4), LOSS) for name in NAMES))
+PROMOTE = st.tuples(st.just("promote"), st.sampled_from(NAMES))
 ACTIONS = st.lists(
     st.one_of(
-        st.tuples(
-            st.just("tag"), st.sampled_from(NAMES), st.integers(1, 4), st.none() | st.sampled_from([1.0, 1.5, 2.0])
-        ),
-        st.tuples(st.sampled_from(["promote", "retire"]), st.sampled_from(NAMES)),
+        *([PROMOTE] * 5),
+        st.tuples(st.just("retire"), st.sampled_from(NAMES)),
         st.tuples(st.just("back")),
+        st.tuples(st.just("tag"), st.sampled_from(NAMES), st.integers(1, 4), LOSS),
     ),
-    max_size=25,
+    min_size=10,
+    max_size=30,
 )
 
 
-@given(ACTIONS)
-def test_whatever_is_done(actions):
+@given(TAGS, ACTIONS)
+def test_whatever_is_done(tags, actions):
     """At most one is in production; names stay what they are; a retired one comes back by a rollback alone."""
     journal, served = [], []
-    for action in actions:
+    some = [("promote", name) for name in "aabb"]  # so that it is not left to chance
+    for action in [*tags, *some, *actions]:
         before = fold(journal)
         try:
             match action:
@@ -290,6 +295,30 @@ def test_two_who_promote_at_once(run):
         one.communicate(timeout=60)
     assert sorted(one.returncode for one in both) == [0, 2]
     assert versions.read(run / "checkpoints").served == ("b",)
+
+
+def test_who_decides_is_alone(run):
+    """What a decision was made of is still so when it is written down."""
+    folder, inside, go = run / "checkpoints", threading.Event(), threading.Event()
+    for name in ("a", "b"):
+        versions.tag(folder, Version(name, 10, "x", 0.0))
+
+    def slowly(now):
+        inside.set()
+        go.wait(20)
+        return [("a", "canary")] if now.versions["b"].state == "candidate" else []
+
+    first = threading.Thread(target=versions.change, args=(folder, slowly))
+    second = threading.Thread(target=versions.change, args=(folder, lambda _: [("b", "canary")]))
+    first.start()
+    assert inside.wait(20)
+    second.start()
+    second.join(0.3)
+    assert versions.read(folder).versions["b"].state == "candidate"
+    go.set()
+    first.join(20)
+    second.join(20)
+    assert [one.state for one in versions.read(folder).versions.values()] == ["canary", "canary"]
 
 
 def test_further_locations_know_the_versions(run, tmp_path, capsys):
