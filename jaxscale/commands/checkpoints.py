@@ -30,6 +30,7 @@ usage: jaxscale checkpoints COMMAND RUN ...
 
   list RUN                what there is, its state, why it is kept, and where else
   verify RUN              read everything and compare it with its digests
+  scrub RUN --rate MB     verify slowly, and mend what is damaged from a further location
   prune RUN --dry-run     delete what is not kept; with --dry-run, say what that would be
   tag RUN STEP NAME       give a step a name for good: a version, candidate at first
   versions RUN            the versions, their states and evaluations
@@ -247,6 +248,12 @@ def _prune(args: Sequence[str]) -> int:
     return run_prune(args)
 
 
+def _scrub(args: Sequence[str]) -> int:
+    from jaxscale.commands.scrub import run_scrub
+
+    return run_scrub(args)
+
+
 def _of_versions(name: str) -> Callable[[Sequence[str]], int]:
     def run(args: Sequence[str]) -> int:
         from jaxscale.commands import versions
@@ -260,6 +267,7 @@ def _of_versions(name: str) -> Callable[[Sequence[str]], int]:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "list": run_list,
     "verify": run_verify,
+    "scrub": _scrub,
     "prune": _prune,
     **{name: _of_versions(name) for name in ("tag", "versions", "promote", "retire", "rollback", "card")},
 }

@@ -5,4 +5,4 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from kept_runs import _made, _run  # noqa: F401 - fixtures
+from kept_runs import _made, _run, _s3  # noqa: F401 - fixtures

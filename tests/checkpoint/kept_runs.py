@@ -12,6 +12,7 @@ import pytest
 from states import make_mesh, make_record, make_state
 
 from jaxscale.checkpoint.durable import DurableCheckpoints
+from jaxscale.testing.s3_server import s3_server, variables
 
 STEPS = (10, 20, 30, 40)
 LOSSES = {10: 3.0, 20: 1.5, 30: 2.0}
@@ -44,6 +45,13 @@ def _made(tmp_path_factory):
 @pytest.fixture(name="run")
 def _run(tmp_path, made):
     return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session", name="s3")
+def _s3():
+    """The environment of an S3 server."""
+    with s3_server() as server:
+        yield variables(server.address)
 
 
 def checkpoints(*arguments, code=0, env=None):
