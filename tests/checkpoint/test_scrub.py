@@ -198,9 +198,11 @@ def test_a_kill_while_it_mends(run, far, after):
     whole = contents(here)
     flip(here / ARRAY, 9)
     (here / "record.json").unlink()
+    (here / layout.COMMIT_FILE).unlink()
     (here / layout.MANIFEST).write_text("junk")
     died = subprocess.run([sys.executable, "-c", KILLED, str(run), str(far), str(after)], check=False)
     assert died.returncode == -signal.SIGKILL
+    assert not (here / layout.COMMIT_FILE).exists(), "no step before all else is right"
     assert verify_step(LocalStore(run), 30) != []
     assert not scrub_step(LocalStore(run), 30, [LocalStore(far)], Pace(0)).left
     left = {name: data for name, data in contents(here).items() if not name.name.endswith(".partial")}
