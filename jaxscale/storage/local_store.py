@@ -32,7 +32,7 @@ class LocalStore:
     def names(self, folder: str = "") -> list[str]:
         try:
             return sorted(name for name in os.listdir(self._folder / folder) if not _is_ours(name))
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return []
 
     def files(self, folder: str = "") -> dict[str, int]:

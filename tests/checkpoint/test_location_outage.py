@@ -131,4 +131,74 @@ def test_whoever_loses_a_location_is_told_and_may_commit_nothing(run, tmp_path):
     assert json.loads((tmp_path / "far" / OWNER).read_bytes())["job"] == "other"
 
 
-from jaxscale.checkpoint import layout, location, owner, step_copy, versions
+def test_an_old_owner_touches_nothing_of_the_new_ones_copy(run, tmp_path, monkeypatch):
+    """It was cut off before it had copied a step of this number; the new owner has copied its own one by now."""
+    store = LocalStore(tmp_path / "far")
+    monkeypatch.setattr(location, "BEAT_SECONDS", 1e6)  # nothing but the copy itself can find out
+    monkeypatch.setattr(owner, "SURE_SECONDS", 0.0)
+    told = []
+    made = locations_at(run, tmp_path / "far", lost=told.append)
+    made.wait(20)
+    other = tmp_path / "other"
+    save(other, 2)
+    step_copy.StepCopy(store, other / "checkpoints" / "2").run(lambda: None)
+    before = store.files("checkpoints/2")
+    record = json.loads((tmp_path / "far" / OWNER).read_bytes())
+    store.write(OWNER, json.dumps({**record, "job": "other", "generation": 7}).encode())
+    save(run, 2)
+    made.sealed()
+    until(lambda: told)
+    made.close()
+    assert store.files("checkpoints/2") == before
+    assert step_copy.is_same(store, other / "checkpoints" / "2", 2)
+
+
+def test_an_owner_that_is_cut_off_in_a_copy_writes_over_nothing_when_it_comes_back(run, tmp_path):
+    store, asked = LocalStore(tmp_path / "far"), []
+
+    def touch():
+        asked.append(1)
+        if len(asked) == 3:
+            raise OwnershipLost("gone")
+
+    with pytest.raises(OwnershipLost):
+        step_copy.StepCopy(store, run / "checkpoints" / "1").run(lambda: None, touch)
+    assert len(store.files("checkpoints/1")) == 1, "no file after the one that was allowed"
+
+
+def test_a_copy_that_outlives_the_run_commits_nothing(run, tmp_path, monkeypatch):
+    """The run ends by an error while a place is slow: it was given back, and belongs to whoever comes next."""
+    began, go, told = threading.Event(), threading.Event(), []
+    write = LocalStore.write_chunks
+
+    def slow(store, name, chunks, size):
+        if "far" in store.address:
+            began.set()
+            assert go.wait(30)
+        write(store, name, chunks, size)
+
+    monkeypatch.setattr(LocalStore, "write_chunks", slow)
+    monkeypatch.setattr(location, "BEAT_BOUNDS", Bounds(attempt_seconds=0.2, call_seconds=0.2))
+    made = locations_at(run, tmp_path / "far", lost=told.append)
+    assert began.wait(20)
+    made.close()
+    copying = [thread for thread in threading.enumerate() if thread.name.startswith("_copy_all")]
+    go.set()
+    for thread in copying:
+        thread.join(20)
+    assert step_copy.steps_at(LocalStore(tmp_path / "far")) == []
+    assert json.loads((tmp_path / "far" / OWNER).read_bytes())["released"]
+    assert told == []
+
+
+def test_a_location_keeps_versions_and_the_newest(run, tmp_path):
+    versions.tag(run / "checkpoints", Version("v", 1, "digest", 0.0))
+    made = locations_at(run, tmp_path / "far")
+    for step in (2, 3, 4):
+        made.wait(20)
+        save(run, step)
+        made.sealed()
+    made.wait(20)
+    made.close()
+    assert step_copy.steps_at(LocalStore(tmp_path / "far")) == [1, 3, 4]
+    assert layout.list_steps(run / "checkpoints") == [1, 2, 3, 4], "3 are kept here, and what has a name"

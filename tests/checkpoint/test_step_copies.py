@@ -42,7 +42,7 @@ def _run(tmp_path):
 
 
 def locations_of(run, *addresses, keep=2, event=lambda *_, **__: None):
-    checkpoint = SimpleNamespace(locations=tuple(map(str, addresses)), keep=keep, alarm_after=900.0)
+    checkpoint = SimpleNamespace(locations=tuple(map(str, addresses)), keep=keep, milestones=0, alarm_after=900.0)
     return Locations(run, SimpleNamespace(name="lm", checkpoint=checkpoint), "job", event)
 
 

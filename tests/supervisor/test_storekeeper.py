@@ -127,10 +127,10 @@ def owning(tmp_path, told, lost):
     run, far = tmp_path / "run", tmp_path / "far"
     run.mkdir()
     (run / "config.json").write_text("{}")
-    checkpoint = SimpleNamespace(locations=(str(far),), keep=2, alarm_after=900.0)
+    checkpoint = SimpleNamespace(locations=(str(far),), keep=2, milestones=0, alarm_after=900.0)
     locations = Locations(run, SimpleNamespace(name="lm", checkpoint=checkpoint), "job", lost=lost)
     locations.look()
-    one = Storekeeper(run / "checkpoints", run / "metrics.jsonl", 2, told, locations)
+    one = Storekeeper(run / "checkpoints", run / "metrics.jsonl", Rules(2), told, locations)
     one.begin()
     return one
 
@@ -189,6 +189,7 @@ def test_a_closed_one_begins_nothing_more(tmp_path, told, monkeypatch):
 HANGS = """
 import threading, sys
 from pathlib import Path
+from jaxscale.checkpoint.retention import Rules
 from jaxscale.supervisor import storekeeper
 from jaxscale.supervisor.facts import Store
 began = threading.Event()
@@ -196,7 +197,7 @@ def make_room(path, epoch):
     began.set()
     threading.Event().wait()
 storekeeper.make_room = make_room
-one = storekeeper.Storekeeper(Path(sys.argv[1]) / "checkpoints", Path(sys.argv[1]) / "metrics", 2, print)
+one = storekeeper.Storekeeper(Path(sys.argv[1]) / "checkpoints", Path(sys.argv[1]) / "metrics", Rules(2), print)
 one.do(Store("room", 10, 1, 1, {}))
 began.wait()
 one.close()
