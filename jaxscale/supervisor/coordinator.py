@@ -50,8 +50,6 @@ BEAT_SECONDS = 0.5
 """Agents that hear nothing for some of these look for another coordinator."""
 ALARM_SECONDS = 3.0
 INVITED_SECONDS = 1.5
-COME_SECONDS = 10.0
-"""A host that has not come by then comes much later, or never."""
 AGAIN_SECONDS = 1.0
 """After which voters and hosts that did not answer are asked again."""
 
@@ -76,7 +74,7 @@ class Coordinator:
         self.machine = Machine(settings, judge, self._source, directory.epoch - 1, time.monotonic())
         self._began = time.monotonic()
         self._ballot: Ballot[Action] = Ballot(f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
-        self._journal, self._refusals, self._farewell = Journal(directory), Refusals(), Farewell()
+        self._journal, self._refusals, self._farewell = Journal(directory), Refusals(), Farewell(options.hosts)
         self._backlog: list[tuple[Callable[[], None], list[Exception]]] | None = []
         """What was heard before the election, and where errors of it go; None once it is won."""
         self._asked: dict[tuple[str, Term, int], float] = {}
@@ -121,7 +119,7 @@ class Coordinator:
                 ticking.result()
             assert self._finish is not None
             if self._finish.code != DEPOSED:
-                await self._farewell.wait(self._to_be_told, self._sends.keys())
+                await self._farewell.wait(self.machine.to_be_told, self.machine.hosts, self._sends)
                 self._witness.delete()
                 await self._copy_last()
         finally:
@@ -238,12 +236,6 @@ class Coordinator:
     async def _invite_one(self, address: str, question: Message) -> None:
         with contextlib.suppress(rpc.Unreachable, Refused):
             await rpc.ask(address, self._options.token, question, AGAIN_SECONDS, self._options.tls)
-
-    def _to_be_told(self, now: float) -> set[str]:
-        known = self.machine.to_be_told(now)
-        # All are started together: one that has not come yet would look for this coordinator, and wait, for ever.
-        to_come = self._options.hosts if now - self._began < COME_SECONDS else 0
-        return known | {f"host {number} of {to_come}" for number in range(len(self.machine.hosts), to_come)}
 
     async def _copy_last(self) -> None:
         said: list[str] = []

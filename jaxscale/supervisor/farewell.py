@@ -14,6 +14,8 @@ from typing import Any
 
 FAREWELL_SECONDS = 5.0
 """How long agents get to end before the coordinator leaves."""
+COME_SECONDS = 10.0
+"""A host that has not come by then comes much later, or never."""
 LOOK_SECONDS = 0.05
 ENDED = "ended"
 GOODBYE = {"do": "goodbye"}
@@ -23,7 +25,9 @@ GOODBYE = {"do": "goodbye"}
 class Farewell:
     """Who said that it ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, hosts: int) -> None:
+        """`hosts`: how many are to come, now or soon."""
+        self._hosts, self._began = hosts, time.monotonic()
         self._ended: set[str] = set()
 
     def heard(self, host: str, message: Mapping[str, Any], orders: asyncio.Queue[Mapping[str, Any]]) -> bool:
@@ -34,11 +38,16 @@ class Farewell:
         orders.put_nowait(GOODBYE)
         return True
 
-    async def wait(self, hosts: Callable[[float], Collection[str]], ties: Collection[str]) -> None:
-        """Until all of `hosts`, asked for with the time, have said their last word and `ties`, a view of who is
-        connected, is empty.
+    async def wait(self, told: Callable[[float], set[str]], came: Collection[str], ties: Collection[str]) -> None:
+        """Until all hosts have said their last word and nobody is connected, or the time is over.
+
+        `told`: who is to hear of the end at a time; `came` and `ties`: views of who was ever here and who is connected.
         """
         deadline = (now := time.monotonic()) + FAREWELL_SECONDS
-        while (ties or not self._ended.issuperset(hosts(now))) and now < deadline:
+        while now < deadline and (ties or not self._ended >= told(now) or self._awaits(len(came), now)):
             await asyncio.sleep(LOOK_SECONDS)
             now = time.monotonic()
+
+    def _awaits(self, came: int, now: float) -> bool:
+        """All are started together: one that has not come yet would look for this coordinator, and wait, for ever."""
+        return came < self._hosts and now - self._began < COME_SECONDS
