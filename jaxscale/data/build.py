@@ -14,25 +14,26 @@ import json
 import logging
 import os
 import shutil
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
-import numpy as np
 import xxhash
 
+from jaxscale.data import journal as journals
+from jaxscale.data import manifest as manifests
+from jaxscale.data.duplicates import check_library, key_files
 from jaxscale.data.errors import DataError
-from jaxscale.data.progress import Report, show_progress
-from jaxscale.data.sources import START, Cursor, Input, find_inputs, identities, read_blocks
+from jaxscale.data.journal import JOURNAL, QUARANTINE, Journal
+from jaxscale.data.one_builder import PLACES, exclusive
+from jaxscale.data.progress import show_progress
+from jaxscale.data.reading import read_blocks
+from jaxscale.data.selection import ALL, Selection
+from jaxscale.data.shards import ShardDigests
+from jaxscale.data.sources import Input, find_inputs, identities, modified
 from jaxscale.data.token_file import (
-    DOCUMENT_BYTES,
-    DOCUMENTS,
     HEADER,
     TOKENIZER,
-    TOKENS,
     VERSION,
     Header,
     TokenFile,
@@ -41,16 +42,15 @@ from jaxscale.data.token_file import (
     load_header,
     open_token_file,
 )
-from jaxscale.data.tokenise import Tokenised
 from jaxscale.data.tokenizer import Tokenizer, token_dtype
 from jaxscale.data.verified import how_to_rebuild, open_verified, remember
 from jaxscale.data.workers import tokenise_all
+from jaxscale.data.writing import KeepPartial, Writer, replace_text
 
 BLOCK_BYTES = 1 << 22
 COMMIT_SECONDS = 2.0
 WORTH_PROCESSES = 1 << 24  # bytes of input from which starting a process per core pays off
-_JOURNAL, _PLAN = "journal.json", "plan.json"
-_PLACES = "data.cache or the variable JAXSCALE_CACHE, --out of `jaxscale data build`"
+_PLAN = "plan.json"
 logger = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -62,28 +62,20 @@ class Plan:
 
     tokenizer: str
     inputs: str
-    """Hash of the identities of the inputs and of the text field."""
+    """Hash of the identities of the inputs and of the selection."""
 
     @property
     def hash(self) -> str:
         return xxhash.xxh3_128_hexdigest(f"{VERSION} {self.tokenizer} {self.inputs}".encode())
 
 
-@dataclass
-class _Journal:
-    """How much of a half-done build counts."""
-
-    cursor: Cursor = START
-    tokens: int = 0
-    documents: int = 0
-    bytes: int = 0
-    largest: int = 0
-
-
-def make_plan(inputs: Sequence[Input], tokenizer: Tokenizer, text_field: str) -> Plan:
-    """Reads the inputs (the ends only of large ones) to identify them."""
-    what = json.dumps([text_field, *identities(inputs)])
-    return Plan(tokenizer.hash, xxhash.xxh3_128_hexdigest(what.encode()))
+def make_plan(inputs: Sequence[Input], tokenizer: Tokenizer, selection: Selection | str = ALL) -> Plan:
+    """Reads the inputs (the ends only of large ones) to identify them. A str is the text field of all documents."""
+    selection = Selection(selection) if isinstance(selection, str) else selection
+    what = [selection.text_field, *identities(inputs)]
+    if not selection.keeps_all:
+        what.append(json.dumps(selection.facts()))
+    return Plan(tokenizer.hash, xxhash.xxh3_128_hexdigest(json.dumps(what).encode()))
 
 
 def build(
@@ -92,24 +84,30 @@ def build(
     tokenizer: Tokenizer,
     *,
     text_field: str = "text",
+    selection: Selection | None = None,
+    max_bad: int = 0,
     workers: int = 0,
     block_bytes: int = BLOCK_BYTES,
     commit_seconds: float = COMMIT_SECONDS,
 ) -> TokenFile:
-    """Turns files, folders and globs of jsonl, text or Parquet (also .gz, also fsspec addresses) into a token folder.
+    """Turns files, folders, globs and fsspec addresses of the formats in `sources.ENDINGS` into a token folder.
 
-    `workers`: processes that tokenise, 0 = one per core; the result does not depend on it, nor on `block_bytes` (of
-    input at once) or `commit_seconds` (between journals). An `out` that holds the same build already is returned.
-    Raises DataError for bad input, another tokenizer or other data in `out`, a build that runs already, a full disk;
-    then nothing is left behind. What an interrupt or a kill leaves is used by the next build.
+    `selection`: which documents are kept (with a text field of its own). `max_bad`: records that cannot be used are set
+    aside, up to so many. `workers`: processes that tokenise, 0 = one per core; the result does not depend on it, nor on
+    `block_bytes` (of input at once) or `commit_seconds` (between journals). An `out` that holds the same build already
+    is returned. Raises DataError for bad input, another tokenizer or other data in `out`, a build that runs already, a
+    full disk; then nothing is left behind, unless `max_bad` allowed some bad records and there were more: then the
+    same build with a larger `max_bad` goes on. What an interrupt or a kill leaves is used by the next build.
     """
     inputs = find_inputs(paths)
+    selection = selection or Selection(text_field)
     return build_inputs(
         inputs,
         Path(out),
         tokenizer,
-        make_plan(inputs, tokenizer, text_field),
-        text_field,
+        make_plan(inputs, tokenizer, selection),
+        selection,
+        max_bad=max_bad,
         workers=workers,
         block_bytes=block_bytes,
         commit_seconds=commit_seconds,
@@ -121,8 +119,9 @@ def build_inputs(
     out: Path,
     tokenizer: Tokenizer,
     plan: Plan,
-    text_field: str,
+    selection: Selection,
     *,
+    max_bad: int = 0,
     workers: int = 0,
     block_bytes: int = BLOCK_BYTES,
     commit_seconds: float = COMMIT_SECONDS,
@@ -135,10 +134,12 @@ def build_inputs(
     """
     if out.name in ("", ".."):
         raise DataError(f"--out {str(out)!r} is no folder that can be made; name one that is not there yet")
-    with _exclusive(out, wait):
+    if selection.deduplicate == "near":
+        check_library()
+    with exclusive(out, wait):
         if out.exists():
             try:
-                return _existing(out, plan)
+                return _existing(out, plan, max_bad)
             except DataError as error:
                 if not replace:
                     raise DataError(f"{error}{how_to_rebuild(out, error)}") from error
@@ -146,99 +147,52 @@ def build_inputs(
                 shutil.rmtree(out)
         partial = out.with_name(f"{out.name}.building")
         try:
-            journal = _resume(partial, plan, tokenizer)
-            is_fresh = journal.documents == 0
+            before = [modified(source) for source in inputs]
+            journal = _resume(partial, plan, tokenizer, selection)
+            is_fresh = journal.is_fresh
             if workers == 0:
                 workers = _cores() if sum(source.size for source in inputs) >= WORTH_PROCESSES else 1
             with show_progress(out.name, sum(source.size for source in inputs)) as report:
-                blocks = read_blocks(inputs, text_field, block_bytes, journal.cursor)
-                results = tokenise_all(blocks, tokenizer, partial / TOKENIZER, text_field, workers)
-                content = _write(partial, results, journal, report, commit_seconds, token_dtype(tokenizer.vocabulary))
-            _finish(partial, out, journal, inputs, tokenizer, plan, content, is_fresh)
+                blocks = read_blocks(inputs, selection.text_field, block_bytes, journal.cursor)
+                results = tokenise_all(blocks, tokenizer, partial / TOKENIZER, selection, workers)
+                writer = Writer(partial, journal, token_dtype(tokenizer.vocabulary), selection, max_bad)
+                content, shards = writer.write(results, report, commit_seconds)
+            for source, was in zip(inputs, before, strict=True):
+                if modified(source) != was:
+                    raise DataError(f"{source.address} was changed while it was read; leave it alone and build again")
+            _finish(partial, out, journal, inputs, tokenizer, plan, selection, content, shards, is_fresh)
         except OSError as error:
             if error.errno not in _FULL:
                 raise
             shutil.rmtree(partial, ignore_errors=True)
             raise DataError(
                 f"the disk of {out.parent} is full ({error.strerror}); the unfinished build was removed: "
-                f"make room or choose another folder ({_PLACES})"
+                f"make room or choose another folder ({PLACES})"
             ) from error
         except DataError as error:
-            if not isinstance(error, _KeepPartial):
+            if not isinstance(error, KeepPartial):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         return open_token_file(out)
 
 
-def _write(
-    partial: Path,
-    results: Iterator[Tokenised],
-    journal: _Journal,
-    report: Report,
-    commit_seconds: float,
-    dtype: np.dtype,
-) -> str:
-    """Appends all results; returns the content hash."""
-    digest = xxhash.xxh3_128()
-    for part in _chunks(partial / TOKENS):
-        digest.update(part)
-    little = dtype.newbyteorder("<")
-    with (
-        open(partial / TOKENS, "ab") as tokens,
-        open(partial / DOCUMENTS, "ab") as offsets,
-        open(partial / DOCUMENT_BYTES, "ab") as sizes,
-    ):
-        if journal.documents == 0:
-            _append(offsets, np.zeros(1, "<i8"))
-        files = (tokens, offsets, sizes)
-        last = time.monotonic()
-        for result in results:
-            ids = result.tokens.astype(little, copy=False)
-            digest.update(ids)
-            _append(tokens, ids)
-            _append(offsets, (journal.tokens + np.cumsum(result.lengths)).astype("<i8"))
-            _append(sizes, result.bytes.astype("<i8"))
-            journal.cursor = result.after
-            journal.tokens += len(ids)
-            journal.documents += len(result.lengths)
-            journal.bytes += int(result.bytes.sum())
-            journal.largest = max(journal.largest, result.largest)
-            report(result.consumed, journal.tokens)
-            if time.monotonic() - last >= commit_seconds:
-                _commit(partial, files, journal)
-                last = time.monotonic()
-        _commit(partial, files, journal)
-    for part in _chunks(partial / DOCUMENTS):
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _append(file: IO[bytes], values: np.ndarray) -> None:
-    file.write(memoryview(values).cast("B") if len(values) else b"")
-
-
-def _commit(partial: Path, files: Sequence[IO[bytes]], journal: _Journal) -> None:
-    """Makes what was appended durable, then says so: a journal never counts bytes that a crash could take back."""
-    for file in files:
-        file.flush()
-        os.fsync(file.fileno())
-    _replace(partial / _JOURNAL, json.dumps(dataclasses.asdict(journal)))
-
-
 def _finish(
     partial: Path,
     out: Path,
-    journal: _Journal,
+    journal: Journal,
     inputs: Sequence[Input],
     tokenizer: Tokenizer,
     plan: Plan,
+    selection: Selection,
     content: str,
+    shards: dict[str, ShardDigests],
     is_fresh: bool,
 ) -> None:
     if journal.documents == 0:
-        raise DataError(
-            f"{', '.join(source.address for source in inputs)[:200]} holds no documents; give data with text in it"
-        )
+        why = "holds no documents"
+        if dropped := journal.tally.total.dropped:
+            why = f"has no document left ({', '.join(f'{name} dropped {count:,}' for name, count in dropped.items())})"
+        raise DataError(f"{', '.join(source.address for source in inputs)[:200]} {why}; give data with text in it")
     header = Header(
         dtype=token_dtype(tokenizer.vocabulary).name,
         tokens=journal.tokens,
@@ -253,8 +207,14 @@ def _finish(
         plan=plan.hash,
         sources=tuple((os.path.basename(source.address), source.size) for source in inputs),
     )
-    _replace(partial / HEADER, header_text(header))
-    for name in (_JOURNAL, _PLAN):
+    replace_text(partial / HEADER, header_text(header))
+    digests = manifests.digest_inputs(inputs)
+    files = {**shards, **manifests.digest_small_files(partial)}
+    replace_text(
+        partial / manifests.MANIFEST,
+        manifests.text(manifests.make_manifest(header, inputs, digests, selection, journal.tally, files)),
+    )
+    for name in (JOURNAL, _PLAN, *key_files(selection.deduplicate)):
         (partial / name).unlink()
     if is_fresh:  # what an interrupted build left has lain on the disk unwatched: its first reader looks at it
         remember(partial)
@@ -262,46 +222,28 @@ def _finish(
     _sync_folder(out.parent)
 
 
-def _resume(partial: Path, plan: Plan, tokenizer: Tokenizer) -> _Journal:
+def _resume(partial: Path, plan: Plan, tokenizer: Tokenizer, selection: Selection) -> Journal:
     """The journal of an unfinished build with this plan, its files cut back to it; otherwise a fresh start."""
     try:
         old = Plan(**json.loads((partial / _PLAN).read_bytes()))
     except (OSError, ValueError, TypeError):
         old = None
     if old is not None and old.tokenizer != plan.tokenizer:
-        raise _KeepPartial(
+        raise KeepPartial(
             f"{partial} is an unfinished build with another tokenizer; finish it with that one, or delete the folder"
         )
-    if old == plan:
-        journal = _cut_back(partial, token_dtype(tokenizer.vocabulary).itemsize)
-        if journal is not None:
+    if old == plan and (journal := journals.load(partial)) is not None:
+        keys = key_files(selection.deduplicate)
+        if journals.cut_back(partial, journal, token_dtype(tokenizer.vocabulary).itemsize, keys):
             return journal
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tokenizer.save(partial / TOKENIZER)
-    _replace(partial / _PLAN, json.dumps(dataclasses.asdict(plan)))
-    return _Journal()
+    replace_text(partial / _PLAN, json.dumps(dataclasses.asdict(plan)))
+    return Journal()
 
 
-def _cut_back(partial: Path, itemsize: int) -> _Journal | None:
-    try:
-        raw = json.loads((partial / _JOURNAL).read_bytes())
-        journal = _Journal(**{**raw, "cursor": Cursor(*raw["cursor"])})
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    wanted = {
-        TOKENS: journal.tokens * itemsize,
-        DOCUMENTS: (journal.documents + 1) * 8,
-        DOCUMENT_BYTES: journal.documents * 8,
-    }
-    if any(not (partial / name).is_file() or (partial / name).stat().st_size < size for name, size in wanted.items()):
-        return None
-    for name, size in wanted.items():
-        os.truncate(partial / name, size)
-    return journal
-
-
-def _existing(out: Path, plan: Plan) -> TokenFile:
+def _existing(out: Path, plan: Plan, max_bad: int) -> TokenFile:
     if not is_token_folder(out):
         raise DataError(f"{out} exists and is no token folder; choose a folder that is not there yet")
     header = load_header(out)
@@ -312,66 +254,15 @@ def _existing(out: Path, plan: Plan) -> TokenFile:
         )
     if header.plan != plan.hash:
         raise DataError(f"{out} holds other data (or the inputs changed since); choose another folder, or delete it")
-    return open_verified(out)
-
-
-class _KeepPartial(DataError):
-    """A refusal that leaves the unfinished build of somebody else alone."""
-
-
-@contextmanager
-def _exclusive(out: Path, wait: bool) -> Iterator[None]:
-    """One builder of a folder at a time. The kernel frees the lock of a killed process."""
-    import filelock
-
-    path = out.with_name(f".{out.name}.lock")
-    lock = filelock.FileLock(path)
-    missing = [folder for folder in path.parents if not folder.exists()]
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=-1 if wait else 0)
-    except filelock.Timeout as error:
+    file = open_verified(out)
+    manifest = manifests.load_manifest(out)
+    quarantined = manifest["total"]["quarantined"] if manifest else 0
+    if quarantined > max_bad:
         raise DataError(
-            f"another process is building {out} right now; wait for it, or choose another folder"
-        ) from error
-    except OSError as error:
-        _remove_empty(missing)
-        raise DataError(
-            f"token files cannot be built in {out.parent}: {error.strerror or error}; choose a folder that can be "
-            f"written ({_PLACES})"
-        ) from error
-    try:
-        yield
-    except DataError:
-        path.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone, and makes a new one
-        _remove_empty(missing)
-        raise
-    finally:
-        lock.release()
-
-
-def _remove_empty(folders: Sequence[Path]) -> None:
-    """Takes back the folders that a refused build made, the deepest first, up to one that others use by now."""
-    with suppress(OSError):
-        for folder in folders:
-            if folder.exists():
-                folder.rmdir()
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    if path.exists():
-        with open(path, "rb") as file:
-            while part := file.read(1 << 22):
-                yield part
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_name(f"{path.name}.new")
-    with open(new, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+            f"{out} is there, built without {quarantined} bad records ({out / QUARANTINE} lists them), which is more "
+            f"than {max_bad} (--max-bad); allow so many, or correct the input and delete the folder"
+        )
+    return file
 
 
 def _sync_folder(folder: Path) -> None:

@@ -13,6 +13,7 @@ from jaxscale.cache import cache_folder
 from jaxscale.data import builtin
 from jaxscale.data.build import build_inputs, make_plan
 from jaxscale.data.errors import DamagedData, DataError
+from jaxscale.data.selection import Selection
 from jaxscale.data.sources import find_inputs
 from jaxscale.data.token_file import TOKENS, TokenFile, is_token_folder
 from jaxscale.data.tokenizer import Tokenizer
@@ -32,9 +33,10 @@ def ensure_built(address: str, tokenizer: Tokenizer, cache: str = "", text_field
         except DamagedData as error:
             raise DataError(f"{error}{how_to_rebuild(Path(address), error)}") from error
     inputs = find_inputs([address])
-    plan = make_plan(inputs, tokenizer, text_field)
+    selection = Selection(text_field)
+    plan = make_plan(inputs, tokenizer, selection)
     out = (Path(cache).expanduser() if cache else cache_folder("data")) / plan.hash
     if is_token_folder(out):
         with contextlib.suppress(DataError):  # built again below, under the lock
             return open_verified(out, tokenizer.hash)
-    return build_inputs(inputs, out, tokenizer, plan, text_field, wait=True, replace=True)
+    return build_inputs(inputs, out, tokenizer, plan, selection, wait=True, replace=True)

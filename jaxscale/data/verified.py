@@ -18,6 +18,7 @@ import xxhash
 
 from jaxscale.cache import cache_folder
 from jaxscale.data.errors import DamagedData, DataError
+from jaxscale.data.manifest import load_manifest, selection_flags
 from jaxscale.data.progress import show_progress
 from jaxscale.data.token_file import DOCUMENT_BYTES, DOCUMENTS, HEADER, TOKENS, TokenFile, load_header, open_token_file
 
@@ -66,14 +67,18 @@ def remember(folder: Path) -> None:
 
 def how_to_rebuild(folder: Path, error: DataError) -> str:
     """What to add to the message of a damaged folder that the user has built; nothing for other errors."""
-    if not isinstance(error, DamagedData):
-        return ""
+    return rebuild_command(folder) if isinstance(error, DamagedData) else ""
+
+
+def rebuild_command(folder: Path) -> str:
+    """How to make a damaged folder again, as the end of a message."""
     sources, tokenizer = "PATH...", ""
     with contextlib.suppress(DataError):  # the header may be what is damaged
         header = load_header(folder)
         names = [shlex.quote(name) for name, _ in header.sources[:5]]
         sources = " ".join([*names, *(["..."] if len(header.sources) > 5 else [])]) or sources
         tokenizer = "" if header.tokenizer_name == "bytes" else " --tokenizer TOKENIZER.json"
+        tokenizer += selection_flags(load_manifest(folder))
     return (
         f". Delete the folder {folder}, then make it again with `jaxscale data build {sources}{tokenizer} --out "
         f"{shlex.quote(str(folder))}`"

@@ -21,8 +21,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
 
+from jaxscale.data.blocks import Block
 from jaxscale.data.errors import DataError
-from jaxscale.data.sources import Block
+from jaxscale.data.selection import Selection, from_text
 from jaxscale.data.tokenise import Tokenised, tokenise_block
 from jaxscale.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -30,7 +31,7 @@ _LENGTH = struct.Struct("<Q")
 
 
 def tokenise_all(
-    blocks: Iterable[Block], tokenizer: Tokenizer, folder: Path, text_field: str, workers: int
+    blocks: Iterable[Block], tokenizer: Tokenizer, folder: Path, selection: Selection, workers: int
 ) -> Iterator[Tokenised]:
     """Results in the order of the blocks, at most two blocks in memory per worker.
 
@@ -38,10 +39,10 @@ def tokenise_all(
     """
     if workers == 1:
         for block in blocks:
-            yield tokenise_block(block, tokenizer, text_field)
+            yield tokenise_block(block, tokenizer, selection)
         return
     idle: SimpleQueue[_Worker] = SimpleQueue()
-    started = [_Worker(folder, text_field) for _ in range(workers)]
+    started = [_Worker(folder, selection) for _ in range(workers)]
     for worker in started:
         idle.put(worker)
 
@@ -72,12 +73,12 @@ def tokenise_all(
 class _Worker:
     """One worker process, used by one thread at a time."""
 
-    def __init__(self, folder: Path, text_field: str) -> None:
+    def __init__(self, folder: Path, selection: Selection) -> None:
         package = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         # One process per core already: the library's own threads would only fight over the cores.
         environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, "-P", "-m", "jaxscale.data.workers", str(folder), text_field]
+        command = [sys.executable, "-P", "-m", "jaxscale.data.workers", str(folder), selection.text()]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
     def tokenise(self, block: Block) -> Tokenised:
@@ -125,7 +126,7 @@ def _receive(pipe: IO[bytes]) -> Any:
 def main() -> None:
     """The worker: answers frames until its input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which closes the pipe
-    folder, text_field = sys.argv[1:]
+    folder, selection = sys.argv[1], from_text(sys.argv[2])
     # What a library prints must not get between the frames.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -136,7 +137,7 @@ def main() -> None:
         except EOFError:
             return
         try:
-            answer: Tokenised | str = tokenise_block(block, tokenizer, text_field)
+            answer: Tokenised | str = tokenise_block(block, tokenizer, selection)
         except DataError as error:
             answer = str(error)
         try:

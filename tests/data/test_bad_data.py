@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from data_samples import make_texts, write_jsonl  # beside this file
 
-from jaxscale.data import build as build_module
+from jaxscale.data import writing
 from jaxscale.data.build import build
 from jaxscale.data.ensure import ensure_built
 from jaxscale.data.errors import DataError
@@ -152,10 +152,10 @@ def test_a_refused_build_leaves_alone_what_was_there(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.jsonl", "out", "thesis.tex"]
 
 
-@pytest.mark.parametrize("place", ["_append", "_replace"])
+@pytest.mark.parametrize("place", ["_append", "replace_text"])
 def test_full_disk(place, tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(50))
-    real, calls = getattr(build_module, place), []
+    real, calls = getattr(writing, place), []
 
     def full(*arguments):
         calls.append(0)
@@ -163,7 +163,7 @@ def test_full_disk(place, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(*arguments)
 
-    monkeypatch.setattr(build_module, place, full)
+    monkeypatch.setattr(writing, place, full)
     with pytest.raises(DataError, match=r"the disk of .* is full .* the unfinished build was removed"):
         build([str(source)], tmp_path / "out", ByteTokenizer(), block_bytes=100, commit_seconds=0)
     assert {p.name for p in tmp_path.iterdir()} == {"a.jsonl"}

@@ -12,6 +12,7 @@ import pytest
 from data_samples import make_texts, write_jsonl  # beside this file
 
 from jaxscale.data import build as build_module
+from jaxscale.data.blocks import START
 from jaxscale.data.build import build
 from jaxscale.data.ensure import ensure_built
 from jaxscale.data.errors import DataError
@@ -136,16 +137,17 @@ def test_same_build_again_is_returned_and_another_refused(tmp_path, byte_tokeniz
 KILLED = """
 import sys, time
 from pathlib import Path
-from jaxscale.data import build as module
+from jaxscale.data import writing
+from jaxscale.data.build import build
 from jaxscale.data.tokenizer import load_tokenizer
 source, out, tokenizer, workers = sys.argv[1:]
-commit = module._commit
+commit = writing._commit
 def slow(*arguments):
     commit(*arguments)
     print("committed", flush=True)
     time.sleep(0.02)
-module._commit = slow
-module.build([source], out, load_tokenizer(tokenizer), workers=int(workers), block_bytes=2000, commit_seconds=0.0)
+writing._commit = slow
+build([source], out, load_tokenizer(tokenizer), workers=int(workers), block_bytes=2000, commit_seconds=0.0)
 """
 
 
@@ -191,7 +193,7 @@ def test_killed_build_goes_on_bit_for_bit(ending, workers, tmp_path, bpe_tokeniz
         file = build([str(source)], out, bpe_tokenizer)
     finally:
         build_module.read_blocks = real
-    assert read[0] != (0, 0, 0), "started again from the beginning"
+    assert read[0] != START, "started again from the beginning"
     file.verify()
     for name in FILES:
         assert (file.folder / name).read_bytes() == (reference.folder / name).read_bytes(), name
