@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from jaxscale.data.shards import DamagedShard, damaged_shards
 from jaxscale.data.token_file import DOCUMENT_BYTES, DOCUMENTS, TOKENS, Header, load_header, open_token_file
 
 BUILDING = ".building"
+_SHOWN = 3
 
 
 def find_damage(folder: Path) -> list[str]:
@@ -39,6 +41,18 @@ def find_damage(folder: Path) -> list[str]:
     return []
 
 
+def damage_in_words(folder: Path) -> str:
+    """Damaged shards and their documents, as a part of a message; empty where no manifest says what was built."""
+    header = None
+    with contextlib.suppress(DataError):
+        header = load_header(folder)
+    found = [line.removeprefix(f"{folder}: ") for line in _named(folder, header, load_manifest_or_none(folder))]
+    if not found:
+        return ""
+    more = f" and {len(found) - _SHOWN} more (`jaxscale data verify`)" if len(found) > _SHOWN else ""
+    return f". Damaged: {'. '.join(found[:_SHOWN])}{more}"
+
+
 def load_manifest_or_none(folder: Path) -> Manifest | None:
     """None also where it is damaged."""
     try:
@@ -50,7 +64,7 @@ def load_manifest_or_none(folder: Path) -> Manifest | None:
 def _named(folder: Path, header: Header | None, manifest: Manifest | None) -> list[str]:
     if manifest is None:
         return []
-    damaged = damaged_shards(folder, manifest["files"])
+    damaged = damaged_shards(folder, manifest["files"], manifest["shard_bytes"])
     offsets = None
     if header is not None and not any(one.file == DOCUMENTS for one in damaged):
         offsets = np.memmap(folder / DOCUMENTS, "<i8", "r")

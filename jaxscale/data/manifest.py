@@ -19,9 +19,10 @@ from typing import Any
 import xxhash
 
 from jaxscale import __version__
+from jaxscale.data import shards
 from jaxscale.data.errors import DamagedData, DataError
 from jaxscale.data.selection import Selection
-from jaxscale.data.shards import SHARD_BYTES, ShardDigests, chunks
+from jaxscale.data.shards import ShardDigests, digest_file
 from jaxscale.data.sources import WHOLE_CONTENT, Input, identities, open_input
 from jaxscale.data.tally import Counts, Tally
 from jaxscale.data.token_file import HEADER, TOKENIZER, Header
@@ -76,7 +77,7 @@ def make_manifest(
             }
             for number, (name, source, digest) in enumerate(zip(names, inputs, digests, strict=True))
         ],
-        "shard_bytes": SHARD_BYTES,
+        "shard_bytes": shards.SHARD_BYTES,
         "files": {name: digests.facts() for name, digests in files.items()},
     }
     return {**value, "digest": _digest(value)}
@@ -176,10 +177,7 @@ def digest_small_files(folder: Path) -> dict[str, ShardDigests]:
     found = {}
     for path in (folder / HEADER, *sorted((folder / TOKENIZER).rglob("*"))):
         if path.is_file():
-            name = str(path.relative_to(folder))
-            found[name] = ShardDigests()
-            for part in chunks(path):
-                found[name].update(part)
+            found[str(path.relative_to(folder))] = digest_file(path)
     return found
 
 

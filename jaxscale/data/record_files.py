@@ -221,8 +221,9 @@ def _array_records(source: Input, start: Cursor, text_field: str) -> Iterator[It
         raise DamagedInput(f"{source.address} is not readable ArrayRecord ({error}); fetch it again", 1) from error
     try:
         count = reader.num_records()
-        if not count:  # what a file without its footer looks like, too
-            raise DamagedInput(f"{source.address} is not readable ArrayRecord (no records); fetch it again", 1)
+        if not count:  # so looks a file without its footer, and the reader says why at its end
+            why = _close(reader) or "it has no records"
+            raise DamagedInput(f"{source.address} is not readable ArrayRecord ({why}); fetch it again", 1)
         for first in range(start.offset, count, _AT_ONCE):
             stop = min(first + _AT_ONCE, count)
             for number, data in enumerate(_read_records(reader, first, stop), first + 1):
@@ -234,7 +235,16 @@ def _array_records(source: Input, start: Cursor, text_field: str) -> Iterator[It
                     item = Problem(start.input, number, f"{where}: it cannot be read ({data}); fetch the file again")
                 yield item, Cursor(start.input, number, number), source.size * number // count
     finally:
+        _close(reader)
+
+
+def _close(reader: Any) -> str:
+    """What the reader has to say against the file, if anything."""
+    try:
         reader.close()
+    except Exception as error:
+        return str(error)
+    return ""
 
 
 def _read_records(reader: Any, first: int, stop: int) -> list[bytes | Exception]:

@@ -19,7 +19,9 @@ _CHUNK = 1 << 22  # bytes read at once
 class ShardDigests:
     """Takes the bytes of a file in order, and knows the digest of each shard."""
 
-    def __init__(self) -> None:
+    def __init__(self, shard_bytes: int | None = None) -> None:
+        """shard_bytes: of a shard; None: `SHARD_BYTES`."""
+        self._size = shard_bytes or SHARD_BYTES
         self._done: list[str] = []
         self._open, self._count, self.nbytes = xxhash.xxh3_128(), 0, 0
 
@@ -28,11 +30,11 @@ class ShardDigests:
         view = memoryview(data).cast("B") if len(data) else memoryview(b"")
         self.nbytes += len(view)
         while len(view):
-            part = view[: SHARD_BYTES - self._count]
+            part = view[: self._size - self._count]
             self._open.update(part)
             self._count += len(part)
             view = view[len(part) :]
-            if self._count == SHARD_BYTES:
+            if self._count == self._size:
                 self._done.append(self._open.hexdigest())
                 self._open, self._count = xxhash.xxh3_128(), 0
 
@@ -45,9 +47,9 @@ class ShardDigests:
         return {"size": self.nbytes, "shards": self.digests()}
 
 
-def digest_file(path: Path) -> ShardDigests:
+def digest_file(path: Path, shard_bytes: int | None = None) -> ShardDigests:
     """Reads a file once. Raises OSError."""
-    digests = ShardDigests()
+    digests = ShardDigests(shard_bytes)
     for part in chunks(path):
         digests.update(part)
     return digests
@@ -74,7 +76,7 @@ class DamagedShard:
     message: str
 
 
-def damaged_shards(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[DamagedShard]:
+def damaged_shards(folder: Path, files: Mapping[str, Mapping[str, Any]], shard_bytes: int) -> list[DamagedShard]:
     """Every shard that differs from `files`: name -> what `ShardDigests.facts` gave. Reads everything once."""
     found: list[DamagedShard] = []
     for name, facts in files.items():
@@ -82,18 +84,21 @@ def damaged_shards(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list
         try:
             if not (folder / name).is_file():
                 raise FileNotFoundError(2, "it is not there")
-            here = digest_file(folder / name)
+            here = digest_file(folder / name, shard_bytes)
         except OSError as error:
             found.append(DamagedShard(name, -1, 0, size, f"{name}: {error.strerror or error}"))
             continue
-        found += _differences(name, size, wanted, here.nbytes, here.digests())
+        found += _differences(name, size, shard_bytes, wanted, here)
     return found
 
 
-def _differences(name: str, size: int, wanted: Sequence[str], nbytes: int, here: Sequence[str]) -> list[DamagedShard]:
-    found = []
+def _differences(
+    name: str, size: int, shard_bytes: int, wanted: Sequence[str], found_there: ShardDigests
+) -> list[DamagedShard]:
+    found: list[DamagedShard] = []
+    here, nbytes = found_there.digests(), found_there.nbytes
     for number in range(max(len(wanted), len(here))):
-        start, stop = number * SHARD_BYTES, min((number + 1) * SHARD_BYTES, size)
+        start, stop = number * shard_bytes, min((number + 1) * shard_bytes, size)
         if number >= len(wanted):
             message = f"{name}: {nbytes - size} bytes after the end"
             found.append(DamagedShard(name, number, start, nbytes, message))

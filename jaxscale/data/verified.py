@@ -18,6 +18,7 @@ import xxhash
 
 from jaxscale.cache import cache_folder
 from jaxscale.data.errors import DamagedData, DataError
+from jaxscale.data.inspect_corpus import damage_in_words
 from jaxscale.data.manifest import load_manifest, selection_flags
 from jaxscale.data.progress import show_progress
 from jaxscale.data.token_file import DOCUMENT_BYTES, DOCUMENTS, HEADER, TOKENS, TokenFile, load_header, open_token_file
@@ -33,10 +34,19 @@ Version = dict[str, list[int]]
 def open_verified(folder: str | Path, tokenizer_hash: str = "") -> TokenFile:
     """`open_token_file`, and `verify` unless this version of the files has been verified.
 
+    What is damaged is named by shard and documents.
+
     Raises DamagedData and DataError as these do. Safe in many processes at once: those that come before the first is
     done read the files, too.
     """
     folder = Path(folder)
+    try:
+        return _open_verified(folder, tokenizer_hash)
+    except DamagedData as error:
+        raise DamagedData(f"{error}{damage_in_words(folder)}") from error
+
+
+def _open_verified(folder: Path, tokenizer_hash: str) -> TokenFile:
     version = _version(folder)
     file = open_token_file(folder, tokenizer_hash)
     if version is None or version not in _remembered(folder):
