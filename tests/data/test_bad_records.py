@@ -109,6 +109,17 @@ def test_parquet_rows_of_the_wrong_kind(tmp_path, byte_tokenizer):
     assert file.header.documents == 3
 
 
+def test_the_list_has_the_order_of_the_input(tmp_path, byte_tokenizer):
+    """Some are seen where the file is read, some where the text is decoded."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [b"a", b"\xff", None, b"b\xff", None, b"c"]}), path)
+    file = build([str(path)], tmp_path / "out", byte_tokenizer, max_bad=4)
+    assert [line["record"] for line in quarantine(file.folder)] == [2, 3, 4, 5]
+
+
 def test_a_document_that_is_too_large_is_one_record(tmp_path, byte_tokenizer, monkeypatch):
     from jaxscale.data import sources
 

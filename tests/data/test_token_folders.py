@@ -113,6 +113,17 @@ def test_documents_and_inputs_of_a_damaged_shard(folder):
         assert line.endswith(f"; it has documents {inside[0]}-{inside[-1]}, of {names}")
 
 
+def test_shards_that_begin_with_a_document(tmp_path, byte_tokenizer):
+    """5 documents of 200 bytes in each shard."""
+    texts = [f"{number:099}" for number in range(20)]
+    folder = build([str(write_jsonl(tmp_path / "a.jsonl", texts))], tmp_path / "tokens", byte_tokenizer).folder
+    data = bytearray((folder / "tokens.bin").read_bytes())
+    data[1000] ^= 1
+    (folder / "tokens.bin").write_bytes(data)
+    (line,) = find_damage(folder)
+    assert line.endswith("it has documents 5-9, of a.jsonl")
+
+
 DAMAGE = {
     "emptied": (lambda path: os.truncate(path, 0), r"shard 0 .*the file ends at 0 bytes"),
     "cut": (lambda path: os.truncate(path, path.stat().st_size - 1), r"shard \d+ "),
