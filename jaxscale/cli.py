@@ -24,7 +24,7 @@ usage: jaxscale COMMAND ...
 
 commands:
   train RECIPE.py [overrides]      train a recipe; `python RECIPE.py [overrides]` does the same
-  data build PATH... --out FOLDER  turn jsonl(.gz), text or Parquet into token files
+  data build PATH... --out FOLDER  turn text of many formats into token files; also data list, verify, diff
   launch RECIPE.py [overrides]     train under a supervisor that survives failing processes and hosts
   chaos RECIPE.py [--seed S]       strike a supervised run with faults, compare it with an undisturbed one
   coordinator, agent               its pieces one by one, for clusters

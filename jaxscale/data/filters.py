@@ -18,7 +18,9 @@ from jaxscale.data.errors import DataError
 from jaxscale.data.shingles import byte_windows
 
 Measure = Callable[[str], float]
-_OTHER = re.compile(r"[^\w\s]|_")
+_OTHER, _DIGIT = re.compile(r"[^\w\s]|_"), re.compile(r"\d")
+_CHOSEN = np.uint64(3)
+_ASCII_SYMBOLS = bytes(code for code in range(128) if _OTHER.match(chr(code)))
 
 
 def characters(text: str) -> float:
@@ -28,14 +30,16 @@ def characters(text: str) -> float:
 
 def symbol_share(text: str) -> float:
     """Share of punctuation and symbols in all characters but space."""
-    found = _OTHER.findall(text)
-    symbols = sum(one.isascii() or unicodedata.category(one)[0] in "PS" for one in found)  # marks of a script are none
-    return symbols / max(sum(map(len, text.split())), 1)
+    data = text.encode()
+    symbols = len(data) - len(data.translate(None, _ASCII_SYMBOLS))
+    if not text.isascii():  # what is left of the others are also marks of a script, which are none
+        symbols += sum(unicodedata.category(one)[0] in "PS" for one in _OTHER.findall(text) if not one.isascii())
+    return symbols / max(_characters_but_space(text), 1)
 
 
 def digit_share(text: str) -> float:
     """Share of decimal digits in all characters but space."""
-    return sum(map(str.isdecimal, text)) / max(sum(map(len, text.split())), 1)
+    return len(_DIGIT.findall(text)) / max(_characters_but_space(text), 1)
 
 
 def repeated_lines(text: str) -> float:
@@ -45,14 +49,19 @@ def repeated_lines(text: str) -> float:
 
 
 def repeated_text(text: str) -> float:
-    """Share of the runs of 32 bytes that stood further up already."""
+    """Share of the runs of 32 bytes that stood further up already, of the quarter of them that their hash chooses."""
     windows = byte_windows(np.frombuffer(text.encode(), np.uint8), 32)
+    windows = windows[windows & _CHOSEN == 0]
     return 1 - len(np.unique(windows)) / len(windows) if len(windows) else 0.0
 
 
 def longest_line(text: str) -> float:
     """Characters of the longest line."""
     return max(map(len, text.splitlines()), default=0)
+
+
+def _characters_but_space(text: str) -> int:
+    return len("".join(text.split()))
 
 
 MEASURES: Mapping[str, Measure] = {

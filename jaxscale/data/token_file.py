@@ -5,6 +5,8 @@
     documents.bin         int64: where each document starts in tokens.bin, and the end of the last one (n + 1)
     document_bytes.bin    int64: length of each document's text in UTF-8 bytes (n)
     tokenizer/            what made the ids
+    manifest.json         what went in and what became of it, digests of all shards (see `manifest.py`)
+    quarantine.jsonl      records that could not be used
     verified.json         which version of these files was found whole (see `verified.py`)
 
 All numbers are little-endian. Read next: `sources.py` and `build.py`, which write this; `verified.py`, which opens it.

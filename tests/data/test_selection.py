@@ -4,15 +4,18 @@ import json
 import os
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
 from data_samples import make_texts, write_jsonl  # beside this file
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxscale.data.build import build
 from jaxscale.data.duplicates import Duplicates, make_keys, rows_of_band
 from jaxscale.data.errors import DataError
-from jaxscale.data.filters import parse_filters
+from jaxscale.data.filters import MEASURES, parse_filters
 from jaxscale.data.manifest import load_manifest
 from jaxscale.data.seen import Seen
 from jaxscale.data.selection import Selection, from_text
@@ -275,6 +278,19 @@ def test_filters(word, keeps, drops):
 def test_what_is_no_filter(word):
     with pytest.raises(DataError, match=r"is no filter; write min- or max-.*Measured are characters, symbol-share"):
         parse_filters([word])
+
+
+@given(st.text(max_size=80))
+def test_shares_count_characters(text):
+    """Against a loop over them."""
+    solid = [one for one in text if not one.isspace()]
+    symbols = [
+        one
+        for one in solid
+        if unicodedata.category(one)[0] in "PS" or (one.isascii() and not one.isalnum() and one.isprintable() is False)
+    ]
+    assert MEASURES["symbol-share"](text) == len(symbols) / max(len(solid), 1)
+    assert MEASURES["digit-share"](text) == sum(one.isdecimal() for one in solid) / max(len(solid), 1)
 
 
 def test_selections(tmp_path, byte_tokenizer, monkeypatch):
