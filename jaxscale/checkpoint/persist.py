@@ -8,7 +8,9 @@ the attempt has failed. Read next: `finalise.py`, which makes all hosts' parts a
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ from jaxscale.checkpoint.slot_format import Shard, SlotTable
 from jaxscale.checkpoint.written import Part, array_folder, part_to_json, process_file
 from jaxscale.checkpoint.zarr_files import chunk_file
 from jaxscale.track import lines
+
+THREADS = 4
+"""Most of the time is spent waiting for the disk."""
 
 
 def persist(slots: Iterable[Path], job: str, epoch: int, step: int, folder: Path) -> int:
@@ -50,16 +55,25 @@ def persist(slots: Iterable[Path], job: str, epoch: int, step: int, folder: Path
 def _persist(path: Path, table: SlotTable, folder: Room) -> int:
     shards: dict[str, tuple[StoredShard, ...]] = {}
     files = {}
+    stop = threading.Event()
     source = open_for_reading(path)
     try:
-        for shard in table.shards:
-            if not volume(shard.box):
-                continue
-            name = f"{STATE_ITEM}/{array_folder(shard.path)}/{chunk_file(shard.path, shard.box, lengths(shard.box))}"
-            _copy(source, path, shard, folder.create(name))
-            stored = StoredShard(shard.box, shard.nbytes, shard.digest, name, 0)
-            shards[shard.path] = (*shards.get(shard.path, ()), stored)
-            files[name] = FileEntry(shard.nbytes, shard.digest)
+        with ThreadPoolExecutor(THREADS, "persist") as pool:
+            copies = []
+            for shard in table.shards:
+                if not volume(shard.box):
+                    continue
+                chunk = chunk_file(shard.path, shard.box, lengths(shard.box))
+                name = f"{STATE_ITEM}/{array_folder(shard.path)}/{chunk}"
+                stored = StoredShard(shard.box, shard.nbytes, shard.digest, name, 0)
+                shards[shard.path] = (*shards.get(shard.path, ()), stored)
+                files[name] = FileEntry(shard.nbytes, shard.digest)
+                copies.append(pool.submit(_copy, source, path, shard, folder, name, stop))
+            try:
+                for copy in copies:
+                    copy.result()
+            finally:
+                stop.set()  # one has failed, and with it all
     finally:
         os.close(source)
     folder.sync()
@@ -77,14 +91,17 @@ def _said(table: SlotTable) -> dict[str, Any]:
     }
 
 
-def _copy(source: int, path: Path, shard: Shard, file: int) -> None:
-    """Copies a shard of the slot at `path`, open as `source`, into a file, which is closed then."""
+def _copy(source: int, path: Path, shard: Shard, folder: Room, name: str, stop: threading.Event) -> None:
+    """Copies a shard of the slot at `path`, open as `source`, into a file of the folder, unless it is to `stop`."""
     buffer = np.empty(min(CHUNK_BYTES, shard.nbytes), np.uint8)
     digest = xxhash.xxh3_128()
+    if stop.is_set():
+        return
+    file = folder.create(name)
     try:
-        for start, stop in chunks(shard.offset, shard.offset + shard.nbytes):
-            part = buffer[: stop - start]
-            if read_into(source, part, start) != stop - start:
+        for begin, end in chunks(shard.offset, shard.offset + shard.nbytes):
+            part = buffer[: end - begin]
+            if read_into(source, part, begin) != end - begin:
                 raise SlotError(f"{path}: {shard.name} is cut short")
             digest.update(part)
             view = memoryview(part)

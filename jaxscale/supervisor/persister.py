@@ -36,8 +36,8 @@ def main() -> int:
 
 def _obey(order: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
-    _behind_everything(os.getpid(), True)
-    hurry = threading.Timer(IDLE_SECONDS, _behind_everything, (threading.get_native_id(), False))
+    _behind_everything(True)
+    hurry = threading.Timer(IDLE_SECONDS, _behind_everything, (False,))
     hurry.daemon = True
     hurry.start()
     answer = {"epoch": order["epoch"], "step": order["step"]}
@@ -51,10 +51,11 @@ def _obey(order: dict[str, Any]) -> dict[str, Any]:
         hurry.cancel()
 
 
-def _behind_everything(pid: int, yes: bool) -> None:
-    """Sets how a thread is scheduled; where that is not allowed it stays as it is."""
-    with contextlib.suppress(OSError, AttributeError):
-        os.sched_setscheduler(pid, os.SCHED_IDLE if yes else os.SCHED_OTHER, os.sched_param(0))
+def _behind_everything(yes: bool) -> None:
+    """Sets how all threads are scheduled, and those that they start; where that is not allowed it stays as it is."""
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError, AttributeError):
+            os.sched_setscheduler(int(thread), os.SCHED_IDLE if yes else os.SCHED_OTHER, os.sched_param(0))
 
 
 if __name__ == "__main__":

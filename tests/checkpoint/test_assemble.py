@@ -10,8 +10,9 @@ from jax.sharding import PartitionSpec as P
 from states import SHAPES, make_abstract, make_mesh, make_record, make_state, same_bits
 
 from jaxscale import tree
+from jaxscale.checkpoint import assemble as assemble_module
 from jaxscale.checkpoint import slot
-from jaxscale.checkpoint.assemble import NoGoodCopy, assemble
+from jaxscale.checkpoint.assemble import HELD_SHARE, NoGoodCopy, _Filling, assemble
 from jaxscale.checkpoint.cover import Copy, choice_from_json, choice_to_json, choose
 from jaxscale.checkpoint.memory import MemorySnapshots
 from jaxscale.checkpoint.restore import StateMismatch
@@ -164,6 +165,82 @@ def test_a_damaged_shard_comes_from_the_next_location(tmp_path):
     assert {(source, location.holder) for source, location, _ in seen} == {(bad, "host-0"), (gone, "host-0")}
     assert any(f"{files[0]}: {bad.path}" in reason and "is damaged" in reason for _, _, reason in seen)
     assert len(counted.calls) == len(choice.shards) + 2
+
+
+def in_pieces(rows, spoilt=None):
+    """A fetch that gives some rows at a time in one buffer, and finds only then that a location is no good."""
+
+    def fetch_pieces(location, source):
+        data = fetch(location, source)
+        if not source.box:
+            yield (), data
+            return
+        (first, _), *rest = source.box
+        buffer = np.empty_like(data[:rows])
+        for start in range(0, len(data), rows):
+            part = buffer[: len(data[start : start + rows])]
+            part[...] = data[start : start + rows]
+            if spoilt == (location.holder, source.path):
+                part[...] = 1
+            yield ((first + start, first + start + len(part)), *rest), part
+            part[...] = 0
+        if spoilt == (location.holder, source.path):
+            raise SlotError("its digest does not fit")
+
+    return fetch_pieces
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+@pytest.mark.parametrize("sizes", [{"fsdp": 4}, {"fsdp": 2, "tensor": 4}, {"data": 2, "fsdp": 2}, {}])
+def test_shards_that_come_in_pieces(tmp_path, rows, sizes):
+    """Also where what came of one location turns out damaged at its end."""
+    _, choice = two_copies(tmp_path, make_mesh(fsdp=4), seed=6)
+    seen = []
+    spoilt = ("host-0", "params/layers/mlp")
+    state = assemble(
+        make_abstract(make_mesh(**sizes)), choice, in_pieces(rows, spoilt), lambda *args: seen.append(args)
+    )
+    assert same_bits(state, seed=6) == []
+    assert {(source.path, location.holder) for source, location, _ in seen} == {(spoilt[1], spoilt[0])}
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"tensor": 8}, {"data": 4, "fsdp": 2}])
+def test_little_is_held_beside_what_the_devices_have(tmp_path, monkeypatch, sizes):
+    shapes = {f"params/w{i:02}": ((64, 64), "float32") for i in range(20)}
+    wide = {path: P("fsdp", "tensor") for path in shapes}
+    monkeypatch.setattr("states.SPECS", wide)
+    monkeypatch.setattr("jaxscale.checkpoint.assemble.HELD_BYTES", 0)
+    total, array, held, alive = 20 * 64 * 64 * 4, 64 * 64 * 4, [], []
+    begin, put = _Filling._begin, assemble_module._put
+
+    def begun(self, path, box):
+        begin(self, path, box)
+        held.append(sum(b.nbytes for t in self._targets.values() for b in t.buffers.values()))
+        alive.append(self._held)
+
+    puts = []
+
+    def counted(values, places):
+        puts.append(len(values))
+        return put(values, places)
+
+    monkeypatch.setattr(_Filling, "_begin", begun)
+    monkeypatch.setattr(assemble_module, "_put", counted)
+    mesh = make_mesh(**sizes)
+    values = {path: np.full(shape, i, np.float32) for i, (path, (shape, _)) in enumerate(shapes.items())}
+    leaves = {
+        path: jax.device_put(value, NamedSharding(make_mesh(fsdp=4), wide[path])) for path, value in values.items()
+    }
+
+    def read(location, source):
+        return slot.read_shard(location.file, source.at(location), "float32")
+
+    state = assemble(make_abstract(mesh, shapes), snapshot(tmp_path, tree.unflatten(leaves), 1), read)
+    for path, leaf in tree.flatten(state).items():
+        np.testing.assert_array_equal(leaf, values[path])
+    assert held == alive
+    assert max(held) <= HELD_SHARE * total + array, "what a shard begins may come on top"
+    assert 5 <= len(puts) <= 40, "neither all at once nor each by itself"
 
 
 def test_where_no_copy_is_good_every_reason_is_named(tmp_path):

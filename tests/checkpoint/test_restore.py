@@ -72,6 +72,26 @@ DAMAGE = {
 }
 
 
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 2}, {}])
+def test_large_files_are_read_and_verified_in_pieces(folder, monkeypatch, sizes):
+    monkeypatch.setattr("jaxscale.checkpoint.load_files.CHUNK_BYTES", 64)
+    abstract = make_abstract(make_mesh(**sizes))
+    state, _ = restore(folder, 2, abstract)
+    assert same_bits(state, seed=2) == []
+    file = data_file(folder, 2)
+    size = file.stat().st_size
+    assert size > 64 * 3
+    for position in (0, size // 2, size - 1):
+        flip(file, 8 * position)
+        with pytest.raises(DamagedCheckpoint, match=f"{file.name} is damaged"):
+            restore(folder, 2, abstract)
+        flip(file, 8 * position)
+    restore(folder, 2, abstract)
+    cut(file)
+    with pytest.raises(DamagedCheckpoint, match="it was written with"):
+        restore(folder, 2, abstract)
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_step_is_refused_loudly_and_the_older_one_loads(folder, mesh, damage, caplog):
     DAMAGE[damage](folder)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import pytest
 
 from jaxscale.checkpoint.finalise import finalise
 from jaxscale.checkpoint.layout import check_files
-from jaxscale.checkpoint.room import make_room
+from jaxscale.checkpoint.room import Room, make_room
 from jaxscale.checkpoint.slot import ArrayInfo, SlotWriter
+from jaxscale.supervisor import persister
 from jaxscale.supervisor.inventory import OWN
 from jaxscale.supervisor.persister_keeper import PersisterKeeper
 from jaxscale.supervisor.process_stat import living_stat_of
@@ -188,3 +190,41 @@ def test_it_works_behind_everything_else_and_ends_with_its_input(host, tmp_path)
     finally:
         process.kill()
         process.wait()
+
+
+def policies():
+    """How the threads of this process are scheduled."""
+    return {os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")}
+
+
+def test_all_its_threads_are_hurried_when_an_order_has_waited_long(host, tmp_path, monkeypatch):
+    """A thread goes on as the one that started it was scheduled."""
+    amid, go, before = threading.Event(), threading.Event(), policies()
+    create = Room.create
+
+    def slow(self, name):
+        amid.set()
+        assert go.wait(30)
+        return create(self, name)
+
+    monkeypatch.setattr(Room, "create", slow)
+    monkeypatch.setattr(persister, "IDLE_SECONDS", 1.0)
+    order = {"epoch": 2, "step": 7, "folder": str(host), "job": "job", "target": str(made(tmp_path / "7"))}
+    answers = []
+    working = threading.Thread(target=lambda: answers.append(persister._obey(order)))
+    try:
+        working.start()
+        assert amid.wait(30)
+        assert os.SCHED_IDLE in policies()
+        deadline = time.monotonic() + 30
+        while os.SCHED_IDLE in policies() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert policies() == {os.SCHED_OTHER}
+        go.set()
+        working.join(30)
+        assert answers[0]["bytes"] == VALUES.nbytes
+    finally:
+        go.set()
+        working.join(30)
+        persister._behind_everything(False)
+    assert policies() == before
