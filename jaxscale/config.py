@@ -324,6 +324,8 @@ class Config:
     """Emulate this many CPU devices; 0 = what there is (or what `on` says)."""
     init_from: str = ""
     """RUN@STEP (or RUN, its newest): start from the weights of another run's checkpoint."""
+    init_map: tuple[str, ...] = ()
+    """Weights that differ there: NEW=OLD, NEW= (stays as the seed makes it), =OLD (left out)."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     data: DataConfig = field(default_factory=DataConfig)
     phases: tuple[PhaseConfig, ...] = ()
@@ -352,6 +354,7 @@ class Config:
             self.devices <= EMULATED_DEVICES,
             f"--devices is {self.devices}; at most {EMULATED_DEVICES} CPU devices are emulated, real ones need no flag",
         )
+        _require(bool(self.init_from) or not self.init_map, "--init-map says what --init-from loads; give that too")
         _require(0 <= self.seed < 2**32, f"--seed is {self.seed}; use 0 to 4294967295")
         first = self.run.profile.partition(":")[0]
         _require(

@@ -17,6 +17,7 @@ import jax
 
 from jaxscale import config as config_library
 from jaxscale import environment as environment_library
+from jaxscale import tree
 from jaxscale.checkpoint import agree, holds, layout
 from jaxscale.checkpoint.by_slice import as_stored
 from jaxscale.checkpoint.compare import StateMismatch, describe, differences
@@ -24,6 +25,7 @@ from jaxscale.checkpoint.layout import list_steps, newest_step
 from jaxscale.checkpoint.load_files import load
 from jaxscale.checkpoint.manifest import Arrays, DamagedCheckpoint, Manifest
 from jaxscale.checkpoint.patience import STORAGE_SECONDS, UNBROKEN, Patience, may_pass
+from jaxscale.checkpoint.renames import Renames, Taken
 from jaxscale.config import ConfigError
 from jaxscale.retry import Retry
 from jaxscale.train.protocols import Record
@@ -128,11 +130,53 @@ def restore_params(
 
 def _restore_params(path: Path, abstract_params: Mapping[str, Any], average: bool) -> dict[str, Any]:
     manifest = _raise_together(lambda: layout.check_files(path))
-    branch = "ema" if average and any(name.startswith("ema/") for name in manifest.arrays) else "params"
+    branch = _branch(manifest, average)
     wanted = {branch: abstract_params}
     _raise_together(lambda: _compare(path, manifest.arrays, describe(wanted), whole=False))
     found: dict[str, Any] = _load(path, manifest, wanted)[branch]
     return found
+
+
+def restore_renamed(
+    folder: Path, step: int, abstract_params: Mapping[str, Any], renames: Renames, *, average: bool = False
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """As `restore_params`, where each difference of the two models has to be said.
+
+    Returns the weights, without those that stay as the seed makes them, and the paths of these. The StateMismatch lists
+    every difference that `renames` says nothing of.
+    """
+    path = layout.step_folder(folder.absolute(), step)
+    read = partial(_restore_renamed, path, abstract_params, renames, average)
+    with _held(folder, step, "whoever loads its weights"):
+        return Patience(f"reading {path}").call(read, DamagedCheckpoint)
+
+
+def _restore_renamed(
+    path: Path, abstract_params: Mapping[str, Any], renames: Renames, average: bool
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    manifest = _raise_together(lambda: layout.check_files(path))
+    branch = _branch(manifest, average) + "/"
+    saved = {name.removeprefix(branch): array for name, array in manifest.arrays.items() if name.startswith(branch)}
+
+    def check() -> Taken:
+        taken, lines = renames.taken(describe(abstract_params), saved)
+        if lines:
+            raise StateMismatch(
+                "\n  ".join([f"{path} holds other weights than this run:", *lines])
+                + "\nuse the model settings of the run that saved it, or weights that fit (--init-from), or say what "
+                "becomes of each with --init-map: NEW=OLD, NEW= (stays as the seed makes it), =OLD (left out)"
+            )
+        return taken
+
+    taken = _raise_together(check)
+    leaves = tree.flatten(abstract_params)
+    wanted = tree.unflatten({branch + old: leaves[new] for new, old in taken.sources.items()})
+    found = tree.flatten(_load(path, manifest, wanted))
+    return tree.unflatten({new: found[branch + old] for new, old in taken.sources.items()}), taken.fresh
+
+
+def _branch(manifest: Manifest, average: bool) -> str:
+    return "ema" if average and any(name.startswith("ema/") for name in manifest.arrays) else "params"
 
 
 def resume_report(
@@ -168,7 +212,7 @@ def _compare(path: Path, saved: Arrays, wanted: Arrays, *, whole: bool) -> None:
     if lines:
         remedy = "use the model and optimizer settings of the checkpoint, or another --run.dir"
         if not whole:
-            remedy = "use the model settings of the run that saved it, or weights that fit (--init-from)"
+            remedy = "use the model settings of the run that saved it"
         shown = "\n  ".join(lines[:20]) + (f"\n  ... and {len(lines) - 20} more" if len(lines) > 20 else "")
         raise StateMismatch(f"{path} holds other arrays than this run:\n  {shown}\n{remedy}")
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxscale import tree
 from jaxscale.checkpoint.stored_layout import loaded
 from jaxscale.config import Config, ConfigError
 from jaxscale.optim.build import Optimizer
@@ -24,12 +25,13 @@ def initial_state(config: Config, task: Task, optimizer: Optimizer, abstract: St
     """The state before step 0 on the current mesh, and a line that says where its weights come from (or nothing).
 
     Raises ConfigError for an `init_from` that names no checkpoint or a run with another tokenizer, StateMismatch where
-    its weights do not fit.
+    its weights do not fit and `init_map` does not say what becomes of them.
     """
     if not config.init_from:
         return make_init(config, task, optimizer)(), ""
     from jaxscale.checkpoint.layout import read_record, step_folder
-    from jaxscale.checkpoint.restore import restore_params
+    from jaxscale.checkpoint.renames import Renames
+    from jaxscale.checkpoint.restore import restore_renamed
 
     folder, step = find_checkpoint(config.init_from)
     record = read_record(step_folder(folder, step))
@@ -38,14 +40,27 @@ def initial_state(config: Config, task: Task, optimizer: Optimizer, abstract: St
     wide = jax.tree.map(lambda x: x.update(dtype=jnp.float32), abstract["params"])
     average = bool(record.config["optim"]["ema"])
 
+    fresh: tuple[str, ...] = ()
+
     def load(stored: Mapping[str, Any]) -> State:
-        return {"params": restore_params(folder, step, stored["params"], average=average)}
+        nonlocal fresh
+        wanted = stored["params"]
+        found, fresh = restore_renamed(folder, step, wanted, Renames(config.init_map), average=average)
+        if fresh:
+            seeded = make_init(config, task, optimizer)()["params"]
+            if task.stored_layout is not None:
+                seeded = jax.jit(task.stored_layout.store)({"params": seeded})["params"]
+            types, leaves = tree.flatten(wanted), tree.flatten(seeded)
+            filled = {path: leaves[path].astype(types[path].dtype) for path in fresh}
+            found = tree.unflatten({**tree.flatten(found), **filled})
+        return {"params": found}
 
     wanted = {"params": wide if average else abstract["params"]}
     params = loaded(task.stored_layout, wanted, load)["params"]
     narrow = jax.tree.map(lambda x, like: x.astype(like.dtype), params, abstract["params"])
     state = make_init(config, task, optimizer)(narrow)
-    return state, f"weights from step {step} of {folder.parent}; optimizer, schedule and data start afresh"
+    still = f", but {', '.join(fresh)} from the seed" if fresh else ""
+    return state, f"weights from step {step} of {folder.parent}{still}; optimizer, schedule and data start afresh"
 
 
 def _check_tokenizer(config: Config, record: Record, run: Path) -> None:

@@ -191,9 +191,39 @@ def test_init_from_an_unknown_step_lists_the_steps(tmp_path, half_average):
         ConfigError, match=r"layers/mlp/up: checkpoint float32\[1,32,64\], this run float32\[1,32,128\]"
     ) as error:
         train(tmp_path / "run", *CONSTANT, "--init-from", half_average, "--model.mlp", 128)
-    remedy = "use the model settings of the run that saved it, or weights that fit (--init-from)"
-    assert str(error.value).splitlines()[-1] == remedy
+    remedy = (
+        "use the model settings of the run that saved it, or weights that fit (--init-from), or say what becomes of"
+    )
+    assert str(error.value).splitlines()[-1].startswith(remedy)
     assert not (tmp_path / "run").exists()
+
+
+def test_init_from_another_model_says_what_becomes_of_each_difference(tmp_path, eight, capsys):
+    """A model whose head is tied takes the rest of one whose head is free, and the other way round."""
+    tied, free = ("--model.tied", "--seed", 5), ("--seed", 5)
+    with pytest.raises(
+        ConfigError, match=r"head/weight: checkpoint float32\[.*\], this run has no place for it\n.*--init-map"
+    ):
+        train(tmp_path / "tied", *CONSTANT, *STILL, *tied, "--init-from", eight)
+    flags = ("--init-from", eight, "--init-map", "=head")
+    assert train(tmp_path / "tied", *CONSTANT, *STILL, *tied, *flags) is ExitReason.COMPLETED
+    before = params_of(eight, 8)
+    del before["head"]
+    assert same_bits(params_of(tmp_path / "tied", 1, "--model.tied"), before)
+    back = ("--init-from", tmp_path / "tied")
+    with pytest.raises(ConfigError, match=r"head/weight: this run .*, checkpoint absent"):
+        train(tmp_path / "free", *CONSTANT, *STILL, *free, *back)
+    assert train(tmp_path / "free", *CONSTANT, *STILL, *free, *back, "--init-map", "head=") is ExitReason.COMPLETED
+    assert (
+        f"weights from step 1 of {tmp_path / 'tied'}, but head/weight from the seed; optimizer"
+        in capsys.readouterr().out
+    )
+    train(tmp_path / "seed", *CONSTANT, *STILL, *free)
+    mixed, seeded = params_of(tmp_path / "free", 1), params_of(tmp_path / "seed", 1)
+    assert same_bits({"head": mixed.pop("head")}, {"head": seeded["head"]})
+    assert same_bits(mixed, before)
+    with pytest.raises(ConfigError, match="--init-map says what --init-from loads; give that too"):
+        train(tmp_path / "none", *CONSTANT, *STILL, "--init-map", "=head")
 
 
 def test_a_resume_does_not_go_back_to_init_from(tmp_path, half_average, capsys):
