@@ -20,7 +20,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from jaxscale import tree
-from jaxscale.checkpoint import agree, layout, leftovers, prune
+from jaxscale.checkpoint import agree, layout, leftovers, prune, sharing
 from jaxscale.checkpoint.compare import describe
 from jaxscale.checkpoint.due import Apart
 from jaxscale.checkpoint.held import HeldShard, digests, hold
@@ -207,6 +207,7 @@ class DurableCheckpoints:
         if jax.process_index() != 0:
             return
         part = all_parts(path, part, jax.process_count(), SAVE_LIMIT_SECONDS, is_abandoned)
+        sharing.share(path, part.files)
         self._before_seal()
         seal = partial(layout.seal, path, record, save.arrays, part, save.mesh)
         size = Retry("durable tier", UNBROKEN, transient=may_pass).call(seal, seconds=STORAGE_SECONDS)

@@ -224,7 +224,8 @@ class Location:
 
     def _copy_one(self, path: Path, step: int) -> None:
         if self._copy is None or self._copy.step != step:
-            self._copy = step_copy.StepCopy(self.store, path)
+            older = self.state.step if self.state.step is not None and self.state.step < step else None
+            self._copy = step_copy.StepCopy(self.store, path, older)
         self._set(behind=step)
         began = time.monotonic()
         size = self._copy.run(self.owner.hold, self.owner.check_now_and_then)

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jaxscale.checkpoint import layout
+from jaxscale.checkpoint.slot_file import write_all
 
 ROOM = "process-room.json"
 """Says of which epoch the folder is; gone when the step is sealed, like all that processes say of their parts."""
@@ -64,16 +65,33 @@ class Room:
         if found != epoch:
             raise OtherRoom(f"{self._path} is of epoch {found}, not of {epoch}")
 
-    def create(self, name: str) -> int:
-        """A new empty file, open for writing, in folders that are made where they are missing."""
+    @property
+    def path(self) -> Path:
+        """Where it was when it was opened."""
+        return self._path
+
+    def place(self, name: str) -> tuple[str, int]:
+        """The name and the open folder, for a file that is not there yet, in folders that are made where missing."""
         parents = [str(parent) for parent in PurePosixPath(name).parents][-2::-1]  # without ".", the outermost first
         for parent in parents:
             if parent not in self._made:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(parent, dir_fd=self._folder)
                 self._made.add(parent)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        return os.open(name, flags, 0o644, dir_fd=self._folder)
+        with contextlib.suppress(FileNotFoundError):  # never written over: it may be an older step's file as well
+            os.unlink(name, dir_fd=self._folder)
+        return name, self._folder
+
+    @contextlib.contextmanager
+    def created(self, name: str) -> Iterator[int]:
+        """A new empty file, open for writing; its bytes are on the disk for good when this is left well."""
+        place, folder = self.place(name)
+        file = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=folder)
+        try:
+            yield file
+            os.fsync(file)
+        finally:
+            os.close(file)
 
     def sync(self) -> None:
         """Returns when the names of all files that were made are on the disk for good."""
@@ -87,8 +105,6 @@ class Room:
     def say(self, name: str, value: Any) -> None:
         """Writes a JSON file so that it is there wholly or not at all."""
         partial = name + layout.PARTIAL
-        with os.fdopen(self.create(partial), "w", encoding="utf-8") as file:
-            file.write(json.dumps(value) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with self.created(partial) as file:
+            write_all(file, (json.dumps(value) + "\n").encode())
         os.rename(partial, name, src_dir_fd=self._folder, dst_dir_fd=self._folder)

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Buffer, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,13 @@ def write(file: int, data: bytes, offset: int) -> None:
     while view:
         written = os.pwrite(file, view, offset)
         view, offset = view[written:], offset + written
+
+
+def write_all(file: int, data: Buffer) -> None:
+    """Writes bytes at the file's own position."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]
 
 
 def read_into(file: int, buffer: np.ndarray[Any, Any], offset: int) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -53,8 +53,12 @@ def is_same(store: Store, path: Path, step: int) -> bool:
 class StepCopy:
     """A copy under way. After a failure of the place the same one goes on with the files that are missing."""
 
-    def __init__(self, store: Store, path: Path) -> None:
+    def __init__(self, store: Store, path: Path, before: int | None = None) -> None:
+        """`before`: an older step that is complete there; files that it has are copied from it at the place itself."""
         self._store, self._path, self.step = store, path, int(path.name)
+        self._before = before
+        self._has: Mapping[str, FileEntry] | None = None
+        """Of the older step; None: not asked yet."""
         self._folder = folder_of(self.step)
         self._done: dict[str, int] = {}
         self._is_swept = False
@@ -86,6 +90,12 @@ class StepCopy:
 
     def _copy(self, name: str, entry: FileEntry) -> None:
         path = self._path / name
+        if self._has is None:
+            self._has = {} if self._before is None else _files_of(self._store, self._before)
+        if self._has.get(name) == entry:
+            older = f"{folder_of(self._before or 0)}/{name}"
+            if self._store.copy(older, f"{self._folder}/{name}", entry.nbytes):
+                return
 
         def chunks() -> Iterator[bytes]:
             state, read = xxhash.xxh3_128(), 0
@@ -107,6 +117,13 @@ class StepCopy:
                     f"{self._store.address}/{self._folder}/{name} has {there.get(name, 'no')} bytes, though {size} "
                     "were written"
                 )
+
+
+def _files_of(store: Store, step: int) -> Mapping[str, FileEntry]:
+    try:
+        return read_manifest(store, step)[1].files
+    except (DamagedCheckpoint, FileNotFoundError):  # then everything is sent
+        return {}
 
 
 def fetch_step(store: Store, step: int, folder: Path) -> int:

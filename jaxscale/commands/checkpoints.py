@@ -167,6 +167,8 @@ def _to_json(one: StepStatus, place: Place, now: float) -> dict[str, Any]:
 
 
 def _lines(steps: Sequence[StepStatus], place: Place, now: float, has_copies: bool) -> list[str]:
+    from jaxscale.checkpoint.sharing import on_disk
+
     if not steps:
         return [f"{place.address} has no checkpoint yet"]
     columns: dict[str, list[str]] = {
@@ -181,8 +183,10 @@ def _lines(steps: Sequence[StepStatus], place: Place, now: float, has_copies: bo
     rows = zip(*([name, *cells] for name, cells in columns.items() if any(cells)), strict=True)
     shown = table(list(rows), frozenset({0, 2}))
     shown += [f"step {one.step} is damaged: {one.detail}" for one in steps if one.state == "damaged"]
-    total = size(sum(one.nbytes for one in steps))
-    return [*shown, f"{count(len(steps), 'checkpoint')}, {total} at {place.address}"]
+    total, shared = sum(one.nbytes for one in steps), ""
+    if place.folder is not None and (stored := on_disk(place.folder, [one.step for one in steps])) < total:
+        shared = f" ({size(stored)} on the disk: what did not change is shared)"
+    return [*shown, f"{count(len(steps), 'checkpoint')}, {size(total)}{shared} at {place.address}"]
 
 
 def run_verify(args: Sequence[str]) -> int:

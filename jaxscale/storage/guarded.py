@@ -68,6 +68,9 @@ class GuardedStore:
     def write_chunks(self, name: str, chunks: Chunks, size: int) -> None:
         self._call(lambda: self._store.write_chunks(name, chunks, size), size)
 
+    def copy(self, name: str, to: str, size: int) -> bool:
+        return self._call(lambda: self._store.copy(name, to, size), size)
+
     def create(self, name: str, data: bytes) -> str:
         return self._call(lambda: self._store.create(name, data))
 

@@ -17,6 +17,8 @@ from jaxscale.storage.store import PART_BYTES, Chunks, Conflict, StoreError, Ver
 CONNECT_SECONDS, READ_SECONDS = 5, 20
 MISSING, LOST = (404,), (409, 412)
 PARTS = 9000
+COPY_BYTES = 5 * 10**9
+"""What one request of S3 copies at most."""
 """S3 allows 10 000 parts of a file."""
 
 
@@ -97,6 +99,15 @@ class S3Store:
             with contextlib.suppress(Exception):  # what is left of it costs money; a rule of the bucket can delete it
                 self._ask("abort_multipart_upload", Key=key, UploadId=upload)
             raise
+
+    def copy(self, name: str, to: str, size: int) -> bool:
+        try:
+            if size > COPY_BYTES or self.size(name) != size:
+                return False
+            self._ask("copy_object", Key=self._key(to), CopySource={"Bucket": self._bucket, "Key": self._key(name)})
+        except FileNotFoundError:
+            return False
+        return True
 
     def create(self, name: str, data: bytes) -> str:
         return self._put_if(name, data, IfNoneMatch="*")

@@ -68,6 +68,10 @@ class Store(Protocol):
         """As `write`, for a file of `size` bytes that may be larger than memory."""
         ...
 
+    def copy(self, name: str, to: str, size: int) -> bool:
+        """Makes a file of `size` bytes out of another one there. False where the place cannot, or has no such file."""
+        ...
+
     def create(self, name: str, data: bytes) -> str:
         """Writes a file that must not be there. Returns its version. Raises Conflict."""
         ...

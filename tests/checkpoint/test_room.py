@@ -1,5 +1,6 @@
 """A writer that was given up and goes on later leaves no trace in what a later epoch makes at the same path."""
 
+import contextlib
 import os
 
 import pytest
@@ -9,9 +10,8 @@ from jaxscale.checkpoint.room import ROOM, OtherRoom, make_room, room
 
 
 def write(here, name, data):
-    file = here.create(name)
-    os.write(file, data)
-    os.close(file)
+    with here.created(name) as file:
+        os.write(file, data)
 
 
 def files(path):
@@ -37,23 +37,36 @@ def test_a_late_writer_finds_its_folder_gone(tmp_path):
     make_room(path, 1)
     with room(path, 1) as old:
         write(old, "state/w/c/0", b"old")
-        amid = old.create("state/w/c/1")
+        stack = contextlib.ExitStack()
+        amid = stack.enter_context(old.created("state/w/c/1"))
         make_room(path, 2)
         with room(path, 2) as new:
             write(new, "state/w/c/0", b"new")
         os.write(amid, b"old")
-        os.close(amid)
+        stack.close()
         for late in (
-            lambda: old.create("state/w/c/0"),
-            lambda: old.create("state/w/c/2"),
-            lambda: old.create("state/v/c/0"),
-            lambda: old.create("top"),
+            lambda: write(old, "state/w/c/0", b""),
+            lambda: write(old, "state/w/c/2", b""),
+            lambda: write(old, "state/v/c/0", b""),
+            lambda: write(old, "top", b""),
             lambda: old.say("process-0.json", {}),
         ):
             with pytest.raises(FileNotFoundError):
                 late()
     assert files(path) == [ROOM, "state/w/c/0"]
     assert (path / "state/w/c/0").read_bytes() == b"new"
+
+
+def test_a_file_that_an_older_step_has_too_is_not_written_over(tmp_path):
+    """As where the same order is obeyed twice."""
+    older = tmp_path / "older"
+    older.write_bytes(b"older")
+    make_room(tmp_path / "7", 1)
+    with room(tmp_path / "7", 1) as here:
+        name, folder = here.place("state/w/c/0")
+        os.link(older, name, dst_dir_fd=folder)
+        write(here, "state/w/c/0", b"new")
+    assert (older.read_bytes(), (tmp_path / "7/state/w/c/0").read_bytes()) == (b"older", b"new")
 
 
 @pytest.mark.parametrize("text", [None, "", "{}", "[]", '{"epoch": "2"}', '{"epoch": 3}', "null"])

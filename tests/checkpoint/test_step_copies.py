@@ -1,9 +1,11 @@
 """One step at another place: what is damaged is not spread, what is cut short is no step, what is old goes."""
 
 import json
+import shutil
 import threading
 import time
 from types import SimpleNamespace
+from typing import ClassVar
 
 import jax.numpy as jnp
 import pytest
@@ -52,6 +54,59 @@ def begun(run, *addresses, **options):
     made.take()
     made.begin(set())
     return made
+
+
+def save_partly_frozen(run, *steps):
+    """An array that stays as it is, and one that does not."""
+    checkpoints = DurableCheckpoints(run / "checkpoints", 1, 9)
+    for step in steps:
+        record = Record(step=step, row=step, metrics_line={}, config={"steps": 9}, data={}, environment={})
+        state = {"params": {"base": jnp.arange(64.0), "w": jnp.arange(64.0) + step}}
+        checkpoints.offer(step, state, record, final=True)
+    checkpoints.close()
+
+
+class Watched(LocalStore):
+    """Knows which files were sent."""
+
+    sent: ClassVar[list[str]] = []
+
+    def write_chunks(self, name, chunks, size):
+        self.sent.append(name)
+        super().write_chunks(name, chunks, size)
+
+
+def test_what_the_step_before_has_there_is_not_sent_again(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Watched, "sent", [])
+    store = Watched(tmp_path / "far")
+    save_partly_frozen(run, 1, 2, 3)
+    step_copy.StepCopy(store, run / "checkpoints" / "1").run(lambda: None)
+    everything = len(Watched.sent)
+    assert any("params.base" in name for name in Watched.sent)
+    for step, before in ((2, 1), (3, 2)):
+        Watched.sent.clear()
+        step_copy.StepCopy(store, run / "checkpoints" / str(step), before).run(lambda: None)
+        assert not any("params.base/c" in name for name in Watched.sent)
+        assert any("params.w/c" in name for name in Watched.sent)
+        assert len(Watched.sent) < everything
+    step_copy.delete_step(store, 1)
+    step_copy.delete_step(store, 2)
+    shutil.rmtree(run / "checkpoints")
+    step_copy.fetch_step(store, 3, run / "checkpoints")
+    assert layout.check_files(run / "checkpoints" / "3")
+
+
+def test_where_the_step_before_is_gone_or_damaged_everything_is_sent(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Watched, "sent", [])
+    store = Watched(tmp_path / "far")
+    save_partly_frozen(run, 1, 2)
+    step_copy.StepCopy(store, run / "checkpoints" / "1").run(lambda: None)
+    everything = len(Watched.sent)
+    (tmp_path / "far/checkpoints/1" / MANIFEST).write_text("{")
+    for before in (1, 7):
+        Watched.sent.clear()
+        step_copy.StepCopy(store, run / "checkpoints" / "2", before).run(lambda: None)
+        assert len(Watched.sent) == everything
 
 
 def test_a_damaged_step_is_not_spread_and_the_next_one_is(run, tmp_path):

@@ -61,6 +61,22 @@ def test_a_store_keeps_files(store):
         store.read("a/1/x")
 
 
+def test_a_file_is_copied_at_the_place_itself_where_that_can_be(store):
+    store.write("a/x", b"hello")
+    could = store.copy("a/x", "b/deep/x", 5)
+    assert could == (not store.address.startswith("memory"))
+    assert store.files("b") == ({"deep/x": 5} if could else {})
+    if could:
+        store.write("a/x", b"other")
+        store.delete("a/x")
+        assert store.read("b/deep/x") == b"hello"
+        assert store.copy("b/deep/x", "b/deep/x2", 5)
+        assert store.copy("b/deep/x", "b/deep/x2", 5), "again"
+    assert store.copy("none", "b/none", 5) is False
+    assert store.copy("b/deep/x", "b/other", 4) is False, "of another size"
+    assert not {"none", "other"} & store.files("b").keys()
+
+
 def test_a_write_that_fails_in_between_leaves_nothing(store):
     def chunks():
         yield b"x"

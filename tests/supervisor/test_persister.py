@@ -200,14 +200,14 @@ def policies():
 def test_all_its_threads_are_hurried_when_an_order_has_waited_long(host, tmp_path, monkeypatch):
     """A thread goes on as the one that started it was scheduled."""
     amid, go, before = threading.Event(), threading.Event(), policies()
-    create = Room.create
+    place = Room.place
 
     def slow(self, name):
         amid.set()
         assert go.wait(30)
-        return create(self, name)
+        return place(self, name)
 
-    monkeypatch.setattr(Room, "create", slow)
+    monkeypatch.setattr(Room, "place", slow)
     monkeypatch.setattr(persister, "IDLE_SECONDS", 1.0)
     order = {"epoch": 2, "step": 7, "folder": str(host), "job": "job", "target": str(made(tmp_path / "7"))}
     answers = []
