@@ -6,6 +6,7 @@ save      megabytes a second of a save (as a plain run makes it, and as a superv
           beside a raw write by tensorstore of the same arrays in the same files, without digests, alternately
 restore   seconds of a verified restore beside Orbax's of the same step, alternately
 memory    peak memory of a process that restores, beside the bytes that its devices need, as saved and cut another way
+deltas    what a step writes, and how long that takes, where parts of the state did not change since the step before
 flips     single bits flipped all over the files of a step, each at a time: how many are found, and how many Orbax loads
 faults    files cut short, emptied, removed, folders missing or half deleted, junk: the next good step has to be taken
 
@@ -43,11 +44,12 @@ from jaxscale.checkpoint.memory import MemorySnapshots
 from jaxscale.checkpoint.persist import persist
 from jaxscale.checkpoint.restore import restore, restore_newest
 from jaxscale.checkpoint.room import make_room
+from jaxscale.checkpoint.sharing import on_disk
 from jaxscale.mesh import emulation_flags
 from jaxscale.train.protocols import Record
 from jaxscale.tree import flatten
 
-ROWS = ("save", "restore", "memory", "flips", "faults")
+ROWS = ("save", "restore", "memory", "deltas", "flips", "faults")
 ARRAYS, ROW = 16, 2048
 FLIPS = 400
 GONE = (
@@ -94,17 +96,21 @@ def _row(name: str, options: argparse.Namespace, folder: Path, mesh: jax.shardin
             return _restore(folder, options.megabytes, options.rounds, mesh)
         case "memory":
             return _memory(folder, options.megabytes, mesh)
+        case "deltas":
+            return _deltas(folder, options.megabytes, options.rounds, mesh)
         case "flips":
             return _flips(folder, options.seed, mesh)
     return _faults(folder, mesh)
 
 
-def make_state(megabytes: float, mesh: jax.sharding.Mesh, seed: int = 0, arrays: int = ARRAYS) -> State:
+def make_state(
+    megabytes: float, mesh: jax.sharding.Mesh, seed: int = 0, arrays: int = ARRAYS, rows: int = ROW
+) -> State:
     """Float32 matrices of random numbers, `megabytes` in all, sharded over fsdp."""
-    columns = max(8, int(megabytes * 1e6 / 4 / arrays / ROW) // 8 * 8)
+    columns = max(8, int(megabytes * 1e6 / 4 / arrays / rows) // 8 * 8)
     sharding = NamedSharding(mesh, SPEC)
     keys = jax.random.split(jax.random.key(seed), arrays)
-    draw = jax.jit(lambda key: jax.random.normal(key, (ROW, columns), out_sharding=sharding))
+    draw = jax.jit(lambda key: jax.random.normal(key, (rows, columns), out_sharding=sharding))
     return {"params": {f"w{i:02}": draw(key) for i, key in enumerate(keys)}}
 
 
@@ -193,7 +199,7 @@ def _raw(folder: Path, state: State) -> float:
 def _supervised(path: Path, slots: Path) -> float:
     started = time.perf_counter()
     make_room(path, 1)
-    persist(sorted(slots.glob("gen-*")), "bench", 1, 1, path)
+    persist(sorted(slots.glob("gen-*")), "bench", 1, int(path.name), path)
     finalise(path, 1, 1, {})
     return time.perf_counter() - started
 
@@ -254,6 +260,58 @@ def _status(name: str) -> int:
     """Bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+
+def _changed(kind: str, state: State, step: int) -> State:
+    """The state after another step: all of it changed, a hundredth (adapters), or the rows that a batch asked for."""
+
+    def rows(leaf: jax.Array) -> jax.Array:
+        # Ids by how often they are asked for; nine tenths of the rows are for those that nobody has seen yet.
+        draws = np.random.default_rng(step).zipf(1.2, 10_000) - 1
+        return leaf.at[np.unique(draws[draws < len(leaf) // 10])].add(1.0, out_sharding=P("fsdp"))
+
+    params = dict(state["params"])
+    for name in list(params)[: 1 if kind == "adapters" else None]:
+        params[name] = rows(params[name]) if kind == "table" else params[name] + 1.0
+    return {"params": params}
+
+
+def _deltas(folder: Path, megabytes: int, rounds: int, mesh: jax.sharding.Mesh) -> bool:
+    """Both ways of saving: bytes beside all bytes, and seconds beside those of a first step, which shares nothing."""
+    for kind, arrays in (("everything", ARRAYS), ("adapters", 100), ("table", 1)):
+        rows = ROW if kind != "table" else 1 << 20
+        state = make_state(megabytes, mesh, arrays=arrays, rows=rows)
+        for how in ("plain", "supervised"):
+            run, slots = folder / kind / how, Path(tempfile.mkdtemp(dir="/dev/shm", prefix="jaxscale-checkpoint-"))
+            seconds, written, total = [], [], 0
+            try:
+                for step in range(1, rounds + 2):
+                    state = _changed(kind, state, step)
+                    os.sync()
+                    before = on_disk(run, range(1, step))
+                    seconds.append(_save_as(how, run, slots, state, step))
+                    total = sum(file.stat().st_size for file in (run / str(step)).rglob("*") if file.is_file())
+                    written.append(on_disk(run, range(1, step + 1)) - before)
+            finally:
+                shutil.rmtree(slots)
+            shutil.rmtree(run)
+            part, took = statistics.median(written[1:]) / total, statistics.median(seconds[1:]) / seconds[0]
+            print(
+                f"deltas     {kind:<10} {how:<10} {part:.3f} of the bytes are new, {took:.2f} of the time", flush=True
+            )
+    return True
+
+
+def _save_as(how: str, run: Path, slots: Path, state: State, step: int) -> float:
+    if how == "plain":
+        return save(run, state, step)
+    memory = MemorySnapshots(
+        slots, job="bench", host="host", rank=0, epoch=1, every=1, generations=1, verdicts=lambda: (-1, step),
+        notify=lambda *_: None,
+    )  # fmt: skip
+    memory.offer(step, state, record(step), final=True)
+    memory.close()
+    return _supervised(run / str(step), slots)
 
 
 def _same(state: State, right: Mapping[str, Any]) -> bool:
