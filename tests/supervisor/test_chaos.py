@@ -1,6 +1,8 @@
 """The chaos command without a cluster: its schedule, and what it refuses."""
 
 import random
+import subprocess
+import time
 from typing import ClassVar
 
 import pytest
@@ -11,6 +13,7 @@ from jaxscale.chaos.faults import KINDS, flip, truncate
 from jaxscale.chaos.run import came_late
 from jaxscale.chaos.schedule import schedule
 from jaxscale.cli import main
+from jaxscale.supervisor.process_stat import STATE, stat_of
 
 NAMES = tuple(KINDS)
 
@@ -119,3 +122,51 @@ def test_a_lost_slice_is_one_of_the_cluster_and_not_a_spare_that_stands_in():
         KINDS["slice"].hurt(cluster, random.Random(seed))
         lost.add(tuple(cluster.lost))
     assert lost == {("host-0",), ("host-2", "host-3")}
+
+
+def is_in(process, state):
+    """Whether a process comes into this state within some seconds."""
+    deadline = time.monotonic() + 10
+    while stat_of(process.pid)[STATE] != state and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return stat_of(process.pid)[STATE] == state
+
+
+class Paused:
+    """A host whose worker was taken over by an agent that was started later, so that it is not its child."""
+
+    def __init__(self):
+        self.processes = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+        self.seen = []
+
+    def members(self):
+        return 1
+
+    def worker(self, _):
+        return "host-0", self.processes[0].pid
+
+    def agent(self, _):
+        return self.processes[1].pid
+
+    def events(self, _):
+        return []
+
+    def wait_for(self, *_):
+        self.seen = [is_in(process, "T") for process in self.processes]
+
+
+def test_a_host_is_paused_with_the_worker_that_its_agent_took_over():
+    host = Paused()
+    try:
+        KINDS["pause"].hurt(host, random.Random(0))
+        assert host.seen == [True, True]
+        assert [is_in(process, "S") for process in host.processes] == [True, True]
+        host.processes[0].kill()
+        host.processes[0].wait()
+        with pytest.raises(ProcessLookupError):
+            KINDS["pause"].hurt(host, random.Random(0))
+        assert is_in(host.processes[1], "S"), "nothing is stopped in vain"
+    finally:
+        for process in host.processes:
+            process.kill()
+            process.wait()
